@@ -1,0 +1,75 @@
+"""BatchNorm's running statistics, set aside or re-estimated while the network is looked at.
+
+Under low-bit training the running averages lag behind weights that oscillate between two levels, so a network is
+evaluated with statistics re-estimated on training pictures (Nagel et al., "Overcoming Oscillations in
+Quantization-Aware Training", ICML 2022, section 4.1).
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Every BatchNorm that keeps running statistics, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+    }
+
+
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all running buffers, by state_dict key."""
+    return {
+        f"{name}.{key}": buffer.clone()
+        for name, norm in norms(model).items()
+        for key, buffer in norm.named_buffers(recurse=False)
+    }
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode but BatchNorm normalises by the batch; running buffers return at the end."""
+    training = model.training
+    kept = running_statistics(model)
+    model.eval()
+    for norm in norms(model).values():
+        norm.train()
+    try:
+        yield
+    finally:
+        model.train(training)
+        model.load_state_dict(kept, strict=False)
+
+
+@contextmanager
+def reestimated(model: nn.Module, batches: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, the model is in eval mode and its running statistics are the plain average over the batches.
+
+    The statistics of the training run return at the end. A model without BatchNorm is left alone.
+    """
+    training = model.training
+    kept = running_statistics(model)
+    if kept:
+        momenta = {norm: norm.momentum for norm in norms(model).values()}
+        with batch_statistics(model), torch.no_grad():
+            for norm in momenta:
+                norm.reset_running_stats()
+                norm.momentum = None  # torch's word for the cumulative average
+            for images in batches:
+                model(images)
+            fresh = running_statistics(model)
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+        model.load_state_dict(fresh, strict=False)
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        if kept:
+            model.load_state_dict(kept, strict=False)

@@ -1,0 +1,1 @@
+"""Data sets: every option returns Splits(train, val, test), see splits.py."""

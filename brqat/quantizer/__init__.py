@@ -1,0 +1,1 @@
+"""Fake-quantizers: one file per paper, each a site's grid, its alpha and its rounding."""

@@ -1,0 +1,76 @@
+"""Learned Step Size Quantization. Esser, McKinstry, Bablani, Appuswamy, Modha; ICLR 2020.
+https://arxiv.org/abs/1902.08153
+
+    c     = round(clip(v / alpha, qn, qp))                                            Eq. 1
+    v_hat = c * alpha                                                                 Eq. 2
+    d v_hat / d alpha = c - v / alpha   where qn < v / alpha < qp,  else qn or qp     Eq. 3
+    d v_hat / d v     = 1               where qn < v / alpha < qp,  else 0            Eq. 5
+
+The mask is written out. torch.clamp's gradient at its bounds differs between torch releases, and Bin
+Regularization pushes weights exactly onto qn * alpha and qp * alpha.
+"""
+
+import torch
+from torch import Tensor
+
+from brqat.bins import as_float
+from brqat.grid import Grid, uniform_grid
+from brqat.quantizer.base import Quantizer, gradient_scale
+
+
+def lsq(v: Tensor, alpha: Tensor, grid: Grid, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Fake-quantized v in v's dtype, and its codes as int16.
+
+    v: any shape and float dtype; alpha: broadcastable to v, positive; scale: LSQ's g on alpha's gradient.
+    Rounding is half to even, in float32 (float64 for float64 v) whatever the precision outside.
+    """
+    return _LSQ.apply(v, alpha, grid, scale)
+
+
+def lsq_codes(v: Tensor, alpha: Tensor, grid: Grid) -> Tensor:
+    """Eq. 1, as a float tensor."""
+    return (as_float(v) / alpha).clamp_(grid.qn, grid.qp).round_()
+
+
+class _LSQ(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v, alpha, grid, scale):
+        codes = lsq_codes(v, alpha, grid)
+        stored = codes.to(torch.int16)
+        ctx.save_for_backward(v, alpha, stored)
+        ctx.grid, ctx.scale = grid, scale
+        ctx.mark_non_differentiable(stored)
+        ctx.set_materialize_grads(False)
+        return codes.mul_(alpha).to(v.dtype), stored
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        if grad is None:
+            return None, None, None, None
+        v, alpha, codes = ctx.saved_tensors
+        u = as_float(v) / alpha
+        inside = (u > ctx.grid.qn) & (u < ctx.grid.qp)
+        grad_v = grad * inside if ctx.needs_input_grad[0] else None
+        grad_alpha = None
+        if ctx.needs_input_grad[1]:
+            slope = torch.where(inside, codes - u, codes.to(u.dtype))
+            grad_alpha = (as_float(grad) * slope).sum_to_size(alpha.shape).mul_(ctx.scale).to(alpha.dtype)
+        return grad_v, grad_alpha, None, None
+
+
+class LSQ(Quantizer):
+    """A uniform site, 2 to 8 bits, or 1 bit for values that are never negative."""
+
+    def __init__(self, kind: str, bits: int, per_channel: bool = False, start: str = "lsq"):
+        super().__init__(kind, bits, per_channel, start)
+        self.grid_for(signed=kind == "weight")  # refuses an impossible width before any data is needed
+
+    def grid_for(self, signed: bool) -> Grid:
+        return uniform_grid(self.bits, signed)
+
+    def codes(self, v: Tensor, alpha: Tensor) -> Tensor:
+        return lsq_codes(v, alpha, self.grid)
+
+    def fake_quantize(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        return lsq(v, self.alpha, self.grid, gradient_scale(v, self.kind, self.alpha, self.grid.qp))
