@@ -185,8 +185,7 @@ class Fit:
         """Validation score and level figures with BatchNorm re-estimated; keeps the network if it is the best yet."""
         recipe = self.recipe
         trained = running_statistics(self.model)
-        fixed = fixed_batches(self.splits, recipe, recipe.bn_batches)
-        with recipe.autocast(), reestimated(self.model, fixed):
+        with recipe.autocast(), self.reestimated():
             score = evaluate(self.model, self.splits.val.in_order(recipe.eval_batch_size))
             if not math.isfinite(score.loss):
                 raise Diverged(f"the validation loss is not finite in epoch {epoch}")
@@ -195,6 +194,10 @@ class Fit:
                 self.best, self.best_epoch = score, epoch
                 self._save_best(trained)
         return score, rows, histograms
+
+    def reestimated(self) -> AbstractContextManager:
+        """BatchNorm re-estimated on the same few batches of training pictures each time."""
+        return reestimated(self.model, fixed_batches(self.splits, self.recipe, self.recipe.bn_batches))
 
     def evaluate_without_training(self) -> None:
         """The calibrated network as it is: post-training quantization, written down as epoch 0."""

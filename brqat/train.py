@@ -7,6 +7,7 @@ import copy
 import difflib
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +19,15 @@ import hydra
 import torch
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from brqat import checkpoint
 from brqat.alpha_policy import AlphaPolicy
+from brqat.dataset.files import Files
+from brqat.dataset.pixels import Pixels, check_batch_size
 from brqat.dataset.splits import Splits
 from brqat.fit import Diverged, Fit, Recipe, Score, evaluate, fixed_batches
 from brqat.interrupt import Interrupted, StopRequest, stop_request
@@ -55,10 +59,20 @@ def config_dir() -> str:
     raise FileNotFoundError(f"no conf/train.yaml in or beside {package}: the installation is incomplete")
 
 
-@hydra.main(config_path=config_dir(), config_name="train", version_base=None, execution_whitelist=TARGETS)
+@hydra.main(config_path=config_dir(), config_name="train")
 def main(cfg: DictConfig) -> float:
-    """One run, in Hydra's output folder. Returns the objective, finite whatever happened to the run."""
-    return run(cfg, Path(HydraConfig.get().runtime.output_dir))["objective"]
+    """One run, in Hydra's output folder. Returns the objective, finite whatever happened to the run.
+
+    A setting that cannot work is said in a sentence, without the traceback, unless a sweeper is there to be told.
+    """
+    hydra_cfg = HydraConfig.get()
+    try:
+        return run(cfg, Path(hydra_cfg.runtime.output_dir))["objective"]
+    except ValueError as error:
+        if hydra_cfg.mode != RunMode.RUN or "HYDRA_FULL_ERROR" in os.environ:
+            raise
+        log.error("brqat: %s", error)
+        raise SystemExit(2) from None
 
 
 @dataclass(frozen=True)
@@ -150,7 +164,7 @@ def run(cfg: DictConfig, folder: Path) -> dict:
         summary |= {"git_sha": git_sha(), "versions": versions()} | _study(cfg)
         dashboard = NoDashboard()
         try:
-            dashboard = instantiate(cfg.tracking)
+            dashboard = _make(cfg.tracking, "tracking")
             summary |= _run(cfg, files, dashboard, stop)
         except Interrupted as signal:
             summary |= {"status": "interrupted", "error": f"stopped by {signal}"}
@@ -173,11 +187,11 @@ def _run(cfg: DictConfig, files: RunFiles, dashboard, stop: StopRequest) -> dict
     settings = Settings.of(cfg)
     device = settings.torch_device()
     # Every group is made before anything is trained, so that whatever is impossible fails now.
-    scheme: Scheme = instantiate(cfg.quantizer)
-    regularizer = instantiate(cfg.regularizer) if not scheme.is_float else NoRegularizer()
-    policy: AlphaPolicy = instantiate(cfg.alpha_policy)
+    scheme: Scheme = _make(cfg.quantizer, "quantizer")
+    regularizer = _make(cfg.regularizer, "regularizer") if not scheme.is_float else NoRegularizer()
+    policy: AlphaPolicy = _make(cfg.alpha_policy, "alpha_policy")
     make_optimizer, lr_warmup = _optimizer(cfg.optimizer)
-    splits: Splits = instantiate(cfg.dataset).to(device)
+    splits: Splits = _make(cfg.dataset, "dataset").to(device)
     recipe = Recipe(
         epochs=settings.epochs,
         warmup_epochs=settings.warmup_epochs,
@@ -190,9 +204,9 @@ def _run(cfg: DictConfig, files: RunFiles, dashboard, stop: StopRequest) -> dict
         histogram_every=settings.histogram_every,
         autocast=partial(torch.autocast, device.type, torch.bfloat16, enabled=settings.precision == "bf16"),
     )
-    _check_batch_size(recipe, splits)
+    check_batch_size(settings.batch_size, len(splits.train))
     torch.manual_seed(settings.seed)
-    model = instantiate(cfg.model, num_classes=splits.num_classes, in_channels=splits.channels)
+    model = _make(cfg.model, "model", num_classes=splits.num_classes, in_channels=splits.channels)
     model = model.to(device, memory_format=torch.channels_last)
     log.info(
         "%s on %s: %d training, %d validation, %d test pictures",
@@ -321,8 +335,9 @@ def _resume(fit: Fit, cfg: DictConfig) -> bool:
     state = checkpoint.load(fit.files.last, fit.device)
     if state["fingerprint"] != fit.fingerprint:
         raise ValueError(
-            f"{fit.files.last} belongs to a run with another configuration ({state['fingerprint']}, this one is "
-            f"{fit.fingerprint}): resuming would mix the two. Give the command that started it, or another hydra.run.dir."
+            f"{fit.files.last} belongs to a run with another configuration ({state['fingerprint']}, this one "
+            f"is {fit.fingerprint}): resuming would mix the two. Give the command that started it, or another "
+            "hydra.run.dir."
         )
     fit.resume(state)
     log.info("resumed after epoch %d", fit.epoch)
@@ -334,19 +349,20 @@ def _report(fit: Fit, settings: Settings) -> dict:
 
     acc is with BatchNorm re-estimated, as the epoch was chosen; acc_running with the statistics training left.
     """
-    test = lambda: evaluate(fit.model, fit.splits.test.in_order(settings.eval_batch_size))
-    val = lambda: evaluate(fit.model, fit.splits.val.in_order(settings.eval_batch_size))
-    last = {key: value.clone() for key, value in fit.model.state_dict().items() if isinstance(value, torch.Tensor)}
+
+    def score(part: Pixels | Files) -> Score:
+        return evaluate(fit.model, part.in_order(settings.eval_batch_size))
+
+    val, test = fit.splits.val, fit.splits.test
     fit.model.eval()
     with fit.recipe.autocast():
-        last_test = test()
-        last_val = val()
+        with fit.reestimated():
+            last_val, last_test = score(val), score(test)
         best = checkpoint.load(fit.files.best, fit.device)
         fit.model.load_state_dict(best["model"])
-        chosen = test()
+        chosen = score(test)
         fit.model.load_state_dict(best["running"], strict=False)
-        running_test, running_val = test(), val()
-    fit.model.load_state_dict(last, strict=False)
+        running_val, running_test = score(val), score(test)
     return {
         "status": "completed",
         "objective": getattr(fit.best, settings.objective.removeprefix("val_")),
@@ -355,8 +371,8 @@ def _report(fit: Fit, settings: Settings) -> dict:
         "test_acc": chosen.acc,
         "test_loss": chosen.loss,
         "test_acc_running": running_test.acc,
-        "last_val_acc_running": last_val.acc,
-        "last_test_acc_running": last_test.acc,
+        "last_val_acc": last_val.acc,
+        "last_test_acc": last_test.acc,
     }
 
 
@@ -375,30 +391,30 @@ def _standing(fit: Fit) -> dict:
 # ---- small things
 
 
+def _make(node: DictConfig | dict, group: str, **arguments):
+    """What a config group describes; a key that its target does not take is the user's mistake."""
+    try:
+        return instantiate(node, _execution_whitelist_=TARGETS, **arguments)
+    except TypeError as error:
+        raise ValueError(f"{group}: {error}. Its keys stand in conf/{group}/.") from error
+
+
 def _optimizer(node: DictConfig) -> tuple[partial, float]:
     """The optimizer but for its parameters, and the epochs over which its learning rate rises."""
     settings = dict(node)
     lr_warmup = settings.pop("lr_warmup_epochs")
     lr = settings["lr"]
-    for key, value in (
-        ("lr", lr),
-        ("lr_warmup_epochs", lr_warmup),
-        ("weight_decay", settings["weight_decay"]),
-    ):
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
-        if not good or (key == "lr" and value == 0):
-            raise ValueError(
-                f"optimizer.{key}={value!r} cannot be: write a finite number, {'above' if key == 'lr' else 'not below'} 0."
-            )
-    return instantiate(settings), lr_warmup
-
-
-def _check_batch_size(recipe: Recipe, splits: Splits) -> None:
-    if recipe.batch_size > len(splits.train):
-        raise ValueError(
-            f"batch_size={recipe.batch_size}, and the training split has {len(splits.train)} pictures: there would "
-            f"be no whole batch in an epoch. Write at most {len(splits.train)}."
-        )
+    for key, value in {"lr": lr, "lr_warmup_epochs": lr_warmup, "weight_decay": settings["weight_decay"]}.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"optimizer.{key}={value!r} cannot be: write a finite number, 0 or more.")
+    if lr == 0:
+        raise ValueError("optimizer.lr=0 would train nothing. Post-training quantization is epochs=0.")
+    make = _make(settings, "optimizer")
+    try:
+        make([torch.nn.Parameter(torch.zeros(1))])  # refuses an unknown key now, not after the float baseline
+    except TypeError as error:
+        raise ValueError(f"optimizer: {error}. Its keys stand in conf/optimizer/.") from error
+    return make, lr_warmup
 
 
 def _say_what_never_begins(settings: Settings, regularizer, policy: AlphaPolicy) -> None:
@@ -409,7 +425,7 @@ def _say_what_never_begins(settings: Settings, regularizer, policy: AlphaPolicy)
                                       ("the freeze", "frozen" in policy.of.values())) if on]  # fmt: skip
         if idle:
             log.warning(
-                "epochs=%d ends before warmup_epochs=%d does: %s never begins in this run",
+                "epochs=%d is over before warmup_epochs=%d: this run never comes to %s",
                 settings.epochs, settings.warmup_epochs, " and ".join(idle),
             )  # fmt: skip
 

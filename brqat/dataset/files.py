@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_convert
 from torchvision.transforms.functional import center_crop, resize
 
 from brqat.dataset.augment import UNCHANGED, Augment
-from brqat.dataset.pixels import Batch, check_batch_size, normalise
+from brqat.dataset.pixels import Batch, check_batch_size, evenly_spaced, normalise
 
 log = logging.getLogger(__name__)
 
@@ -56,16 +56,30 @@ class Pictures:
         values = torch.from_numpy(np.array(picture))  # (H, W) or (H, W, C)
         return values.view(self.image_size, self.image_size, self.channels).permute(2, 0, 1)
 
+    def __getitems__(self, indices: list[int]) -> Tensor | ValueError:
+        """A batch for DataLoader. Errors are returned: raised in a worker, torch would bury the sentence
+        under tracebacks and take five seconds a worker to stop.
+        """
+        try:
+            return torch.stack([self[index] for index in indices])
+        except ValueError as error:
+            return error
+
     def stream(self, order: Tensor, batch_size: int, workers: int, pinned: bool = False) -> Iterator[Tensor]:
         """Batches (B, C, H, W) uint8 of the pictures that `order` (N,) names, on the CPU."""
-        yield from DataLoader(
+        batches = DataLoader(
             self,
             batch_size,
             sampler=order.tolist(),
             num_workers=min(workers, os.cpu_count() or 1),
+            collate_fn=default_convert,  # __getitems__ has stacked them
             pin_memory=pinned,
             generator=torch.Generator(),  # without one of its own it would draw from the global RNG
         )
+        for batch in batches:
+            if isinstance(batch, ValueError):
+                raise batch
+            yield batch
 
     def read_once(self, order: Tensor, workers: int) -> Iterator[Tensor]:
         """As stream, with a line in the log every few seconds, in batches small enough for any /dev/shm."""
@@ -82,7 +96,7 @@ class Pictures:
     def decode(self, workers: int) -> np.ndarray:
         """All pictures, (N, C, H, W) uint8.
 
-        Worker processes, not threads: on large pictures both gain the same, but on tiny ones two threads fight
+        Worker processes, not threads: on large pictures both gain the same, on tiny ones two threads fight
         for the interpreter lock and are slower than one.
         """
         decoded = np.empty((len(self), self.channels, self.image_size, self.image_size), dtype=np.uint8)
@@ -124,8 +138,7 @@ class Files:
 
     def in_order(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         """As Pixels.in_order: unaugmented, the last partial batch included, at most `limit` images."""
-        size = len(self) if limit is None else min(limit, len(self))
-        for images, labels in self._read(torch.arange(size), batch_size):
+        for images, labels in self._read(evenly_spaced(len(self), limit), batch_size):
             yield normalise(images, self.mean, self.std), labels
 
     def _read(self, order: Tensor, batch_size: int) -> Iterator[Batch]:

@@ -43,10 +43,14 @@ class Pixels:
 
     def in_order(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         """The images as they are, in fixed order, the last partial batch included; at most `limit` images."""
-        size = len(self) if limit is None else min(limit, len(self))
-        for start in range(0, size, batch_size):
-            window = slice(start, min(start + batch_size, size))
-            yield normalise(self.images[window], self.mean, self.std), self.labels[window]
+        for index in evenly_spaced(len(self), limit).to(self.images.device).split(batch_size):
+            yield normalise(self.images[index], self.mean, self.std), self.labels[index]
+
+
+def evenly_spaced(size: int, limit: int | None) -> Tensor:
+    """Indices of at most `limit` of `size` images, (N,) int64: all over the set, which may be sorted by class."""
+    count = size if limit is None else min(limit, size)
+    return torch.arange(count) * size // max(count, 1)
 
 
 def check_batch_size(batch_size: int, size: int) -> None:
