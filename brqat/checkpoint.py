@@ -31,6 +31,13 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read as a PyTorch checkpoint of plain tensors: {error}") from error
 
 
+def seed_everything(seed: int) -> None:
+    """Every global generator a model or data set may draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def random_states() -> dict[str, Any]:
     """States of every global generator a model or data set may draw from, in types that weights_only admits."""
     name, keys, *rest = np.random.get_state()

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from brqat import checkpoint
 from brqat.alpha_policy import KINDS, AlphaPolicy, PositiveAlphas
 from brqat.batchnorm import reestimated, running_statistics
+from brqat.dataset.files import Files
+from brqat.dataset.pixels import Pixels
 from brqat.dataset.splits import Splits
 from brqat.interrupt import StopRequest
 from brqat.layers import sites
@@ -48,6 +50,10 @@ class Recipe:
     level_pictures: int
     histogram_every: int
     autocast: Callable[[], AbstractContextManager]
+
+    def for_epochs(self, epochs: int) -> "Recipe":
+        """The same for another number of epochs, without a warmup."""
+        return replace(self, epochs=epochs, warmup_epochs=0)
 
 
 @dataclass
@@ -264,8 +270,13 @@ class Fit:
         state = {"epoch": self.best_epoch, "model": self.model.state_dict(), "running": trained}
         checkpoint.save(self.files.best, state)
 
-    def resume(self, state: dict) -> None:
-        """Goes to where a checkpoint of the same training stood."""
+    def start_or_resume(self) -> bool:
+        """Goes to where the folder's checkpoint stands, True, or clears the folder of what has no checkpoint, False."""
+        if not self.files.last.exists():
+            self.files.cut_after(-1)
+            return False
+        state = checkpoint.load(self.files.last, self.device)
+        assert state["fingerprint"] == self.fingerprint, "the checkpoint belongs to another training"
         self.epoch = state["epoch"]
         if self.epoch > self.recipe.warmup_epochs:
             self.policy.freeze(self.sites.values(), self.optimizer)
@@ -279,6 +290,48 @@ class Fit:
         checkpoint.set_random_states(state["random"])
         self.seconds, self.kept = state["seconds"], state["kept"]
         self.files.cut_after(self.epoch)
+        return True
+
+    # ---- what comes out
+
+    def standing(self) -> dict:
+        """Where validation stands, whether or not the run came to its end."""
+        return {
+            "val_acc": self.best and self.best.acc,
+            "val_loss": self.best and self.best.loss,
+            "best_epoch": self.best_epoch,
+            "last_epoch": self.epoch,
+            "seconds": self.seconds,
+        }
+
+    def test(self) -> dict:
+        """The test set, read here and nowhere else, with the epoch that validation chose; and with the last.
+
+        acc is with BatchNorm re-estimated, as the epoch was chosen; acc_running with the statistics training left.
+        Afterwards the model is the chosen one.
+        """
+
+        def score(part: Pixels | Files) -> Score:
+            return evaluate(self.model, part.in_order(self.recipe.eval_batch_size))
+
+        val, test = self.splits.val, self.splits.test
+        self.model.eval()
+        with self.recipe.autocast():
+            with self.reestimated():
+                last_val, last_test = score(val), score(test)
+            best = checkpoint.load(self.files.best, self.device)
+            self.model.load_state_dict(best["model"] | best["running"])
+            running_val, running_test = score(val), score(test)
+            self.model.load_state_dict(best["model"])
+            chosen = score(test)
+        return {
+            "test_acc": chosen.acc,
+            "test_loss": chosen.loss,
+            "val_acc_running": running_val.acc,
+            "test_acc_running": running_test.acc,
+            "last_val_acc": last_val.acc,
+            "last_test_acc": last_test.acc,
+        }
 
     # ---- small things
 

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 
 class Interrupted(Exception):
-    """A signal asked the run to end. Its number is in .signal."""
+    """A signal asked the run to end."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
-        self.signal = number
+        self.number = number
 
 
 class StopRequest:

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 # Values kept per batch and site for the error-minimal start; over 16 batches a quarter of a million.
 SAMPLE_PER_BATCH = 16_384
 
+FLOAT_BITS = 32
+
 
 class QuantConv2d(nn.Conv2d):
     """nn.Conv2d whose input and weight pass a quantizer (nn.Identity where they stay float)."""
@@ -52,46 +54,52 @@ class Makers(NamedTuple):
     act: Callable[[], Quantizer] | None
 
 
-class Scheme:
-    """The quantizer group as one object: which quantizer each layer gets.
+class Scheme(NamedTuple):
+    """Which quantizers layers get: inner all of them; outer the first and last to run, None for the same."""
 
-    weight, act, first_last_weight, first_last_act: partial quantizers that carry their bits; bits "float" leaves that
-    side alone. first_last_bits "same" treats the first and the last layer like the others. The other keys stand in the
-    config for the partials to refer to. Every partial is tried once, so that an impossible width fails here.
-    """
-
-    def __init__(
-        self,
-        weight: partial,
-        act: partial,
-        first_last_weight: partial,
-        first_last_act: partial,
-        first_last_bits: int | str,
-        bits: int | str,
-        per_channel: bool,
-        start: str,
-    ):
-        self.inner = Makers(_maker("weight", weight), _maker("act", act))
-        self.bits = {"weight": weight.keywords["bits"], "act": act.keywords["bits"]}
-        if first_last_bits == "same":
-            self.outer = None
-        else:
-            self.outer = Makers(
-                _maker("first_last_weight", first_last_weight), _maker("first_last_act", first_last_act)
-            )
+    inner: Makers
+    outer: Makers | None = None
 
     @property
     def is_float(self) -> bool:
-        """Neither side is quantized: then the first and the last layer stay float too."""
         return self.inner == Makers(None, None)
 
     @property
+    def bits(self) -> dict[str, int]:
+        """Widths of all layers but the first and last; 32 stands for float."""
+        return {kind: make().bits if make else FLOAT_BITS for kind, make in self.inner._asdict().items()}
+
+    @property
     def tag(self) -> str:
-        """W2A2 and the like; 32 stands for float."""
-        return "W{weight}A{act}".format(**{kind: 32 if b == "float" else b for kind, b in self.bits.items()})
+        """W2A2 and the like, weights first."""
+        return "W{weight}A{act}".format(**self.bits)
+
+
+def scheme(
+    weight: partial,
+    act: partial,
+    first_last_weight: partial,
+    first_last_act: partial,
+    first_last_bits: int | str,
+    **shared,
+) -> Scheme:
+    """The quantizer group: partial quantizers that carry their bits, where bits "float" leaves that side alone.
+
+    first_last_bits "same" treats the first and the last layer like the others, and so does a network that is float
+    elsewhere. shared are the keys that stand in the config for the partials to refer to.
+    """
+    unknown = set(shared) - {"bits", "per_channel", "start"}
+    if unknown:
+        raise TypeError(f"unexpected key {sorted(unknown)[0]!r}")
+    inner = Makers(_maker("weight", weight), _maker("act", act))
+    if first_last_bits == "same" or inner == Makers(None, None):
+        return Scheme(inner)
+    outer = Makers(_maker("first_last_weight", first_last_weight), _maker("first_last_act", first_last_act))
+    return Scheme(inner, outer)
 
 
 def _maker(key: str, make: partial) -> partial | None:
+    """None for float; a width that cannot be fails here, before anything is trained."""
     if make.keywords["bits"] == "float":
         return None
     try:
@@ -115,12 +123,11 @@ class LayerCost(NamedTuple):
         return self.macs * self.weight_bits * self.act_bits
 
 
-def quantize(model: nn.Module, example: Tensor, inner: Makers, outer: Makers | None = None) -> list[LayerCost]:
+def quantize(model: nn.Module, example: Tensor, scheme: Scheme) -> list[LayerCost]:
     """Swaps every nn.Conv2d and nn.Linear of the model, in place, and starts the weight sites.
 
     example: a batch the model can run; one forward finds which layers run, in which order, and what they cost.
-    inner: the quantizers of all layers but the first and the last to run; outer: theirs, None for the same.
-    Activation sites still need `calibrate`.
+    The first and the last layer to run get scheme.outer. Activation sites still need `calibrate`.
 
     A layer that does not run (an auxiliary head) stays float, and so does a subclass of the two, such as the
     projection inside nn.MultiheadAttention, whose weight is used behind the layer's back: both are logged.
@@ -136,11 +143,12 @@ def quantize(model: nn.Module, example: Tensor, inner: Makers, outer: Makers | N
     costs, swapped = [], {}
     for position, name in enumerate(names):
         at_the_end = position in (0, len(names) - 1)
-        makers = outer if at_the_end and outer is not None else inner
+        exempt = at_the_end and scheme.outer is not None
+        makers = scheme.outer if exempt else scheme.inner
         layer = _quantized(found[name], makers)
         for site in (layer.weight_quantizer, layer.input_quantizer):
             if isinstance(site, Quantizer):
-                site.exempt = at_the_end and outer is not None
+                site.exempt = exempt
         _start_weight(name, layer)
         swapped[found[name]] = layer
         costs.append(
@@ -304,4 +312,4 @@ def _start_weight(name: str, layer: nn.Module) -> None:
 
 
 def _bits(site: nn.Module) -> int:
-    return site.bits if isinstance(site, Quantizer) else 32
+    return site.bits if isinstance(site, Quantizer) else FLOAT_BITS

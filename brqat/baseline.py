@@ -1,0 +1,67 @@
+"""The float network behind a quantized one: trained once by the same harness, shared by every run that wants it."""
+
+import copy
+import logging
+from pathlib import Path
+
+from torch import nn
+
+from brqat import checkpoint
+from brqat.alpha_policy import AlphaPolicy
+from brqat.fit import Diverged, Fit
+from brqat.provenance import content_hash
+from brqat.regularizer.none import NoRegularizer
+from brqat.tracking.files import NoDashboard, RunFiles
+
+log = logging.getLogger(__name__)
+
+
+class FloatBaseline:
+    """A float network in the cache, under a key made of everything that determines its weights.
+
+    Runs that want the same one wait for one trainer; the lock falls with a trainer that is killed, and the next goes
+    on from its last epoch.
+    """
+
+    def __init__(self, cache: Path, determines: dict):
+        self.determines = determines
+        self.key = content_hash(determines)
+        self.files = RunFiles(cache / "float" / self.key)
+
+    def is_trained(self) -> bool:
+        return self.files.summary.exists()
+
+    def load_into(self, model: nn.Module) -> dict:
+        """Fills the model; returns the baseline's summary."""
+        checkpoint.load_float_weights(model, self.files.best)
+        return self.files.read_summary()
+
+    def train(self, model: nn.Module, **how) -> None:
+        """Trains a copy of the model unless the cache holds it already. how: splits, recipe, make_optimizer, stop."""
+        checkpoint.once(
+            self.files.folder,
+            done=self.is_trained,
+            make=lambda: self._train(copy.deepcopy(model), **how),
+            waiting=lambda: log.info("another run is training the float baseline: waiting for %s", self.files.folder),
+        )
+
+    def _train(self, model: nn.Module, **how) -> None:
+        log.info("training the float baseline, once: %s", self.files.folder)
+        fit = Fit(
+            model,
+            regularizer=NoRegularizer(),
+            policy=AlphaPolicy(weight="learnable", act="learnable"),
+            files=self.files,
+            fingerprint=self.key,
+            dashboard=NoDashboard(),
+            **how,
+        )
+        fit.start_or_resume()
+        try:
+            fit.train("float")
+        except Diverged as error:
+            raise ValueError(
+                f"the float baseline diverged ({error}): there is nothing to quantize. Lower optimizer.lr, or start "
+                "from random weights with pretrained=none."
+            ) from error
+        self.files.write_summary({"config": self.determines, "status": "completed"} | fit.standing() | fit.test())

@@ -1,0 +1,93 @@
+"""The top level of a run's config, checked."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+
+# What a run may be judged by, each with the finite worst that a run without a verdict is given.
+OBJECTIVES = {"val_acc": 0.0, "val_loss": 1e9}
+
+# Post-training quantization has no epochs of its own that would say how long the float network trains.
+FLOAT_EPOCHS_BEFORE_PTQ = 20
+
+LEAST = {
+    "seed": 0,
+    "epochs": 0,
+    "warmup_epochs": 0,
+    "batch_size": 2,  # BatchNorm has no variance over one picture
+    "eval_batch_size": 1,
+    "pretrain_epochs": 1,
+    "calibration_batches": 1,
+    "bn_batches": 1,
+    "level_pictures": 1,
+    "histogram_every": 1,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """conf/train.yaml says what each key means. Raises ValueError for a value that cannot be."""
+
+    seed: int
+    epochs: int
+    warmup_epochs: int
+    batch_size: int
+    eval_batch_size: int
+    device: str
+    precision: str
+    objective: str
+    pretrained: str
+    pretrain_epochs: int | None
+    calibration_batches: int
+    bn_batches: int
+    level_pictures: int
+    histogram_every: int
+    cache_dir: str
+    resume: bool
+
+    def __post_init__(self):
+        for key, low in LEAST.items():
+            value = getattr(self, key)
+            if key == "pretrain_epochs" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"{key}={value!r} cannot be: write a whole number, {low} or more.")
+        for key, words in (("precision", ("fp32", "bf16")), ("objective", tuple(OBJECTIVES))):
+            if getattr(self, key) not in words:
+                raise ValueError(f"{key}={getattr(self, key)!r} is not known. Write one of {', '.join(words)}.")
+        for key in ("device", "pretrained", "cache_dir"):
+            if not isinstance(getattr(self, key), str):
+                raise ValueError(f"{key}={getattr(self, key)!r} is no text: see conf/train.yaml for what it takes.")
+        if not isinstance(self.resume, bool):
+            raise ValueError(f"resume={self.resume!r} is neither true nor false.")
+
+    @classmethod
+    def of(cls, top: Mapping, groups: tuple[str, ...]) -> "Settings":
+        """From the config's top level; a key that is neither a setting nor a group would be read by nothing."""
+        known = [field.name for field in fields(cls)]
+        given = {key: value for key, value in top.items() if key not in groups}
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], [*known, *groups], n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"The keys are {', '.join([*known, *groups])}."
+            raise ValueError(f"{unknown[0]} is no key of a run: nothing would read it. {hint}")
+        return cls(**given)
+
+    @property
+    def float_epochs(self) -> int:
+        """Epochs of the float baseline: as many as the quantized network gets, unless that one gets none."""
+        return self.pretrain_epochs or self.epochs or FLOAT_EPOCHS_BEFORE_PTQ
+
+    def torch_device(self) -> torch.device:
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        try:
+            device = torch.device(name)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"device={self.device} cannot be used here ({reason}). Write device=auto or cpu."
+            ) from error
+        return device
