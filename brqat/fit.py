@@ -29,6 +29,7 @@ from brqat.tracking.files import RunFiles
 
 log = logging.getLogger(__name__)
 
+GRADIENT_PICTURES = 64  # that alpha's gradients are measured on after an epoch
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
 
 
@@ -222,14 +223,10 @@ class Fit:
         recipe = self.recipe
         subset = list(self.splits.val.in_order(recipe.eval_batch_size, limit=recipe.level_pictures))
         rows, histograms = self.levels.evaluate(self.model, (images for images, _ in subset), epoch)
+        few = [part[:GRADIENT_PICTURES] for part in subset[0]]
+        strength = self._strength_after(epoch)
         gradients = alpha_gradients(
-            self.model,
-            *subset[0],
-            self.sites,
-            self.regularizer,
-            self.policy,
-            self._strength_after(epoch),
-            self.optimizer,
+            self.model, *few, self.sites, self.regularizer, self.policy, strength, self.optimizer
         )
         clamped = self.positive.counts()
         for row in rows:
