@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from brqat.alpha_policy import AlphaPolicy
+from brqat.alpha_policy import KINDS, AlphaPolicy
 from brqat.bins import bin_index
 from brqat.metrics import histogram_edges, level_metrics, site_sums
-from brqat.quantizer.base import Quantizer
+from brqat.quantizer.base import Quantizer, Seen
 from brqat.regularizer.base import Regularizer
 
 STEP_FIGURES = ("flip_rate_step", "oscillation", "oscillation_share")  # of weights, followed at every step
@@ -241,28 +241,43 @@ def alpha_gradients(
     strength: Mapping[str, float],
     optimizer: torch.optim.Optimizer,
 ) -> dict[str, dict[str, float | None]]:
-    """Norm per site of the gradients that cross-entropy and the regularizer (times strength) send to alpha.
+    """Norm per site of the gradients that reach alpha, with the stability index under SGD (None elsewhere).
 
-    A gradient that does not reach alpha is exactly 0: the regularizer's unless the policy is backprop, and both once
-    alpha is frozen. With them the stability index under SGD, None under other optimizers.
+    alpha_grad_ce           from cross-entropy
+    alpha_grad_br           from the site's own penalty, times strength: exactly 0 unless the policy is backprop
+    alpha_grad_br_upstream  from the activation penalties of later sites, through the network between: like all of the
+                            loss that depends on a layer's output, they train what lies below, alphas included
+
+    All are exactly 0 once alpha is frozen.
     """
-    with torch.enable_grad(), recording(sites.values()):
-        loss = nn.functional.cross_entropy(model(images).float(), labels)
+    moving = {name: site.alpha for name, site in sites.items() if site.alpha.requires_grad}
+
+    def gradients(target: Tensor | None) -> list[Tensor]:
+        """In moving's order, zeros where the target does not depend on an alpha."""
+        if target is None or not target.requires_grad or not moving:
+            return [torch.zeros_like(alpha) for alpha in moving.values()]
+        found = torch.autograd.grad(target, list(moving.values()), retain_graph=True, allow_unused=True)
+        return [
+            torch.zeros_like(alpha) if grad is None else grad
+            for grad, alpha in zip(found, moving.values(), strict=True)
+        ]
+
+    def pull() -> Tensor | None:
         penalty = regularizer(sites.values(), policy.seen_by_regularizer)
+        parts = [strength[kind] * part for kind, part in zip(KINDS, penalty, strict=True) if part is not None]
+        return sum(parts) if parts else None
+
+    with torch.enable_grad(), recording(sites.values()):
+        from_ce = gradients(nn.functional.cross_entropy(model(images).float(), labels))
+        from_all = gradients(pull())
+        for site in sites.values():
+            site.seen = Seen(site.seen.v.detach(), site.seen.codes)
+        own = gradients(pull())
         sgd = isinstance(optimizer, torch.optim.SGD)
         index = {n: policy.stability_index(s, regularizer, optimizer) if sgd else None for n, s in sites.items()}
-    pulls = [strength[kind] * part for kind, part in zip(("weight", "act"), penalty, strict=True) if part is not None]
-    moving = {name: site.alpha for name, site in sites.items() if site.alpha.requires_grad}
-    zero = torch.zeros((), dtype=torch.float64, device=images.device)
-    norms = {"alpha_grad_ce": {}, "alpha_grad_br": {}}
-    for key, target in (("alpha_grad_ce", loss), ("alpha_grad_br", sum(pulls) if pulls else None)):
-        if moving and target is not None and target.requires_grad:
-            grads = torch.autograd.grad(target, list(moving.values()), retain_graph=True, allow_unused=True)
-            norms[key] = {
-                name: grad.double().norm() for name, grad in zip(moving, grads, strict=True) if grad is not None
-            }
-    flat = torch.stack([norms[key].get(name, zero) for key in norms for name in sites]).cpu().view(2, -1)
-    return {
-        name: {"alpha_grad_ce": ce, "alpha_grad_br": br, "stability_index": index[name]}
-        for name, ce, br in zip(sites, *flat.tolist(), strict=True)
-    }
+    upstream = [both - direct for both, direct in zip(from_all, own, strict=True)]
+    keys = ("alpha_grad_ce", "alpha_grad_br", "alpha_grad_br_upstream")
+    norms = [grad.double().norm() for grads in (from_ce, own, upstream) for grad in grads]
+    host = torch.stack(norms).cpu().view(len(keys), -1).T.tolist() if norms else []
+    known = {name: dict(zip(keys, values, strict=True)) for name, values in zip(moving, host, strict=True)}
+    return {name: known.get(name, dict.fromkeys(keys, 0.0)) | {"stability_index": index[name]} for name in sites}
