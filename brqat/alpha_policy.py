@@ -6,9 +6,9 @@
     backprop    yes                           yes: the levels move while the regularizer gathers values at them
 
 Two mechanisms stand behind them. Freezing takes alpha out of the optimizer, with its state and its gradient: a mere
-zero gradient leaves momentum, Adam's moments and weight decay at work. Detaching cuts the gradient from a site's penalty
-to its own alpha. What a penalty on activations sends down the network, to weights and alphas of earlier layers, is left
-alone as part of the loss: only freezing stops that.
+zero gradient leaves momentum, Adam's moments and weight decay at work. Detaching cuts the gradient from a site's
+penalty to its own alpha. What a penalty on activations sends down the network, to weights and alphas of earlier
+layers, is left alone as part of the loss: only freezing stops that.
 """
 
 import logging

@@ -37,7 +37,8 @@ WORST_IS_LOW = ("effectiveness", "effectiveness_inside", "effectiveness_nonzero"
                 "sqnr_db", "entropy")  # fmt: skip
 WORST_IS_HIGH = ("clip_fraction", "mse_step", "dead_bins", "flip_rate", "flip_rate_step", "flip_grid",
                  "oscillation", "oscillation_share", "alpha_drift", "alpha_path", "alpha_grad_ce",
-                 "alpha_grad_br", "alpha_grad_br_upstream", "stability_index", "alpha_clamped", "nonfinite")  # fmt: skip
+                 "alpha_grad_br", "alpha_grad_br_upstream", "stability_index", "alpha_clamped",
+                 "nonfinite")  # fmt: skip
 
 
 def histogram_edges(grid: Grid) -> Tensor:

@@ -92,7 +92,7 @@ def test_the_regularizer_reaches_alpha_only_under_backprop(quantized, pictures, 
 
 
 def test_learnable_gives_alpha_the_gradient_of_cross_entropy_to_the_last_bit(quantized, pictures):
-    """Under any penalty on weights. Penalties on activations reach earlier layers through the network, as they should."""
+    """Under any penalty on weights; one on activations reaches the alphas of earlier layers through the network."""
     policy, found, grads = AlphaPolicy("learnable", "learnable"), sites(quantized), []
     quantized.eval()
     for regularizer in (BinReg(0.0), BinReg(50.0)):
