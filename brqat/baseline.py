@@ -2,13 +2,16 @@
 
 import copy
 import logging
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from brqat import checkpoint
 from brqat.alpha_policy import AlphaPolicy
-from brqat.fit import Diverged, Fit
+from brqat.dataset.splits import Splits
+from brqat.fit import Diverged, Fit, Recipe
+from brqat.interrupt import StopRequest
 from brqat.provenance import content_hash
 from brqat.regularizer.none import NoRegularizer
 from brqat.tracking.files import NoDashboard, RunFiles
@@ -36,26 +39,34 @@ class FloatBaseline:
         checkpoint.load_float_weights(model, self.files.best)
         return self.files.read_summary()
 
-    def train(self, model: nn.Module, **how) -> None:
-        """Trains a copy of the model unless the cache holds it already. how: splits, recipe, make_optimizer, stop."""
-        checkpoint.once(
-            self.files.folder,
-            done=self.is_trained,
-            make=lambda: self._train(copy.deepcopy(model), **how),
-            waiting=lambda: log.info("another run is training the float baseline: waiting for %s", self.files.folder),
-        )
-
-    def _train(self, model: nn.Module, **how) -> None:
-        log.info("training the float baseline, once: %s", self.files.folder)
-        fit = Fit(
-            model,
+    def train(
+        self, model: nn.Module, splits: Splits, recipe: Recipe, make_optimizer: partial, stop: StopRequest
+    ) -> None:
+        """Trains a copy of the model unless the cache holds it already."""
+        fit = partial(
+            Fit,
+            splits=splits,
+            recipe=recipe,
+            make_optimizer=make_optimizer,
             regularizer=NoRegularizer(),
             policy=AlphaPolicy(weight="learnable", act="learnable"),
             files=self.files,
             fingerprint=self.key,
             dashboard=NoDashboard(),
-            **how,
+            stop=stop,
         )
+        said = []
+
+        def waiting() -> None:
+            stop.check()
+            if not said:
+                log.info("another run is training the float baseline: waiting for %s", self.files.folder)
+                said.append(True)
+
+        checkpoint.once(self.files.folder, self.is_trained, lambda: self._train(fit(copy.deepcopy(model))), waiting)
+
+    def _train(self, fit: Fit) -> None:
+        log.info("training the float baseline, once: %s", self.files.folder)
         fit.start_or_resume()
         try:
             fit.train("float")

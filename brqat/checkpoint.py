@@ -92,25 +92,24 @@ def load_float_weights(model: nn.Module, path: Path) -> None:
 
 
 def once(folder: Path, done: Callable[[], bool], make: Callable[[], None], waiting: Callable[[], None]) -> None:
-    """Calls make unless done, one process at a time.
+    """Calls make unless done, one process at a time; waiting is called every second that another one makes.
 
     The lock is the operating system's, on a file in the folder: it falls with the process that holds it, so that a
     killed maker is followed by the next one waiting.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock")
-    if done():
-        return
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        waiting()
-        lock.acquire()
-    try:
-        if not done():
-            make()
-    finally:
-        lock.release()
+    while not done():
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            waiting()
+            continue
+        try:
+            if not done():
+                make()
+        finally:
+            lock.release()
 
 
 def _tuples(value: Any) -> Any:

@@ -202,6 +202,8 @@ class LevelHistory:
     def load_state_dict(self, state: dict) -> None:
         state = dict(state)
         self.oscillation.load_state_dict(state.pop("oscillation"))
+        # Kept on the host, wherever the checkpoint was loaded to.
+        state["empty"] = {name: [t.cpu() for t in window] for name, window in state["empty"].items()}
         for key, value in state.items():
             setattr(self, key, value)
 

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 TARGETS = ["brqat.*", "torch.optim.*", "torchvision.models.*"]
 GROUPS = ("quantizer", "regularizer", "alpha_policy", "dataset", "model", "optimizer", "tracking")
 # Settings that say where a run lives and is shown, not what it computes.
-NOT_HASHED = ("tracking", "resume", "cache_dir")
+NOT_HASHED = ("tracking", "resume", "cache_dir", "dataset.cache_dir", "dataset.workers")
 
 
 def config_dir() -> str:
@@ -102,6 +102,9 @@ def run(cfg: DictConfig, folder: Path) -> dict:
             summary |= {"status": "interrupted", "error": f"stopped by {signal}"}
             log.warning("stopped by %s. To go on: the same command with hydra.run.dir=%s resume=true", signal, folder)
             raise SystemExit(128 + signal.number) from None
+        except KeyboardInterrupt:
+            summary |= {"status": "interrupted", "error": "stopped by a second SIGINT"}
+            raise
         except BaseException as error:
             summary["error"] = f"{type(error).__name__}: {error}"
             raise
@@ -173,7 +176,7 @@ def _run(cfg: DictConfig, files: RunFiles, dashboard, stop: StopRequest) -> dict
         "float_test_acc": float_summary.get("test_acc"),
     }
     try:
-        if settings.epochs == 0:
+        if settings.epochs == 0 and not resumed:
             fit.evaluate_without_training()
         fit.train(scheme.tag)
     except Diverged as error:
@@ -284,7 +287,13 @@ def _say_what_never_begins(settings: Settings, regularizer: Regularizer, policy:
 def config_hash(cfg: DictConfig) -> str:
     """Of everything that determines the result, seed included: two runs with one hash are the same run."""
     resolved = OmegaConf.to_container(cfg, resolve=True)
-    return content_hash({key: value for key, value in resolved.items() if key not in NOT_HASHED})
+    for key in NOT_HASHED:
+        *groups, last = key.split(".")
+        node = resolved
+        for group in groups:
+            node = node.get(group, {})
+        node.pop(last, None)
+    return content_hash(resolved)
 
 
 def _refuse_another_run(cfg: DictConfig, files: RunFiles, summary: dict) -> None:
