@@ -107,8 +107,8 @@ class Fit:
                 if epoch == recipe.warmup_epochs + 1:
                     self.policy.freeze(self.sites.values(), self.optimizer)
                 means = self._train_epoch(epoch, steps, bar)
-                line = self._finish_epoch(epoch, means, started)
-                bar.state(line)
+                score, line = self._finish_epoch(epoch, means, started)
+                bar.state(f"val {100 * score.acc:.1f}%")
                 log.info("%s %s", name, line)
 
     def _train_epoch(self, epoch: int, steps: int, bar) -> dict[str, float | None]:
@@ -161,7 +161,7 @@ class Fit:
 
     # ---- the end of an epoch
 
-    def _finish_epoch(self, epoch: int, means: dict[str, float | None], started: float) -> str:
+    def _finish_epoch(self, epoch: int, means: dict[str, float | None], started: float) -> tuple[Score, str]:
         """Evaluates, writes every file, and says the epoch in a line."""
         lr = self.optimizer.param_groups[0]["lr"]
         score, rows, histograms = self.evaluate_epoch(epoch)
@@ -178,15 +178,11 @@ class Fit:
         self.seconds += seconds
         self.epoch = epoch
         self._write(metrics, rows, histograms)
-        return (
-            f"epoch {epoch}/{self.recipe.epochs}  ce {means['train/ce']:.4f}  val {100 * score.acc:.2f}%"
-            + "".join(
-                f"  {kind} effectiveness {metrics[key]:.1f}"
-                for kind in KINDS
-                if (key := f"levels/{kind}/effectiveness/mean") in metrics
-            )
-            + f"  {seconds:.1f} s"
-        )
+        line = f"epoch {epoch}/{self.recipe.epochs}  ce {means['train/ce']:.4f}  val {100 * score.acc:.2f}%"
+        for kind in KINDS:
+            if (key := f"levels/{kind}/effectiveness/mean") in metrics:
+                line += f"  {kind} effectiveness {metrics[key]:.1f}"
+        return score, f"{line}  {seconds:.1f} s"
 
     def evaluate_epoch(self, epoch: int) -> tuple[Score, list[dict], dict]:
         """Validation score and level figures with BatchNorm re-estimated; keeps the network if it is the best yet."""

@@ -23,6 +23,7 @@ LEAST = {
     "bn_batches": 1,
     "level_pictures": 1,
     "histogram_every": 1,
+    "threads": 1,
 }
 
 
@@ -36,6 +37,7 @@ class Settings:
     batch_size: int
     eval_batch_size: int
     device: str
+    threads: int | None
     precision: str
     objective: str
     pretrained: str
@@ -50,7 +52,7 @@ class Settings:
     def __post_init__(self):
         for key, low in LEAST.items():
             value = getattr(self, key)
-            if key == "pretrain_epochs" and value is None:
+            if key in ("pretrain_epochs", "threads") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{key}={value!r} cannot be: write a whole number, {low} or more.")

@@ -121,6 +121,8 @@ def _run(cfg: DictConfig, files: RunFiles, dashboard, stop: StopRequest) -> dict
     # Every group is made before anything is trained, so that whatever is impossible fails now.
     settings = Settings.of(cfg, GROUPS)
     device = settings.torch_device()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
     scheme: Scheme = _make(cfg.quantizer, "quantizer")
     regularizer: Regularizer = _make(cfg.regularizer, "regularizer")
     policy: AlphaPolicy = _make(cfg.alpha_policy, "alpha_policy")
