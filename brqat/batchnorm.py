@@ -25,51 +25,60 @@ def norms(model: nn.Module) -> dict[str, _BatchNorm]:
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all running buffers, by state_dict key."""
     return {
-        f"{name}.{key}": buffer.clone()
+        f"{name}.{key}".removeprefix("."): buffer.clone()
         for name, norm in norms(model).items()
         for key, buffer in norm.named_buffers(recurse=False)
     }
 
 
 @contextmanager
-def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode but BatchNorm normalises by the batch; running buffers return at the end."""
-    training = model.training
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """At the end every module is in its mode again, with the running statistics it had."""
+    modes = {module: module.training for module in model.modules()}
     kept = running_statistics(model)
-    model.eval()
-    for norm in norms(model).values():
-        norm.train()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
         model.load_state_dict(kept, strict=False)
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode but BatchNorm normalises by the batch; running buffers return at the end."""
+    with unchanged(model):
+        model.eval()
+        for norm in norms(model).values():
+            norm.train()
+        yield
 
 
 @contextmanager
 def reestimated(model: nn.Module, batches: Iterable[Tensor]) -> Iterator[None]:
     """Inside, the model is in eval mode and its running statistics are the plain average over the batches.
 
-    The statistics of the training run return at the end. A model without BatchNorm is left alone.
+    The statistics of the training run return at the end. Without a BatchNorm the batches are not read.
     """
-    training = model.training
-    kept = running_statistics(model)
-    if kept:
-        momenta = {norm: norm.momentum for norm in norms(model).values()}
-        with batch_statistics(model), torch.no_grad():
-            for norm in momenta:
-                norm.reset_running_stats()
-                norm.momentum = None  # torch's word for the cumulative average
-            for images in batches:
-                model(images)
-            fresh = running_statistics(model)
-        for norm, momentum in momenta.items():
-            norm.momentum = momentum
-        model.load_state_dict(fresh, strict=False)
-    model.eval()
-    try:
+    found = list(norms(model).values())
+    with unchanged(model):
+        model.eval()
+        if found:
+            _average(model, found, batches)
         yield
+
+
+@torch.no_grad()
+def _average(model: nn.Module, found: list[_BatchNorm], batches: Iterable[Tensor]) -> None:
+    momenta = [norm.momentum for norm in found]
+    try:
+        for norm in found:
+            norm.reset_running_stats()
+            norm.momentum = None  # torch's word for the cumulative average
+            norm.train()
+        for images in batches:
+            model(images)
     finally:
-        model.train(training)
-        if kept:
-            model.load_state_dict(kept, strict=False)
+        for norm, momentum in zip(found, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()

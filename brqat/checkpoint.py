@@ -70,7 +70,12 @@ def load_float_weights(model: nn.Module, path: Path) -> None:
             "network once, or none to start from random weights."
         )
     state = load(path)
-    state = state.get("model", state)
+    if isinstance(state, dict):
+        state = state.get("model", state)
+    if not isinstance(state, dict) or not all(
+        hasattr(v, "shape") or k.endswith("_extra_state") for k, v in state.items()
+    ):
+        raise ValueError(f"pretrained={path} holds no state_dict: write one with torch.save(model.state_dict(), path).")
     given = {key: value for key, value in state.items() if "_quantizer." not in key}
     wanted = model.state_dict()
     faults = {

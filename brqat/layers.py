@@ -155,9 +155,9 @@ def quantize(model: nn.Module, example: Tensor, scheme: Scheme) -> list[LayerCos
             LayerCost(layer.weight.numel(), macs[name], _bits(layer.weight_quantizer), _bits(layer.input_quantizer))
         )
     for parent in list(model.modules()):
-        for key, child in list(parent.named_children()):
+        for key, child in parent._modules.items():  # named_children() would pass over a second name for one layer
             if child in swapped:
-                setattr(parent, key, swapped[child])
+                parent._modules[key] = swapped[child]
     left = [name for name in found if name not in macs] + [
         name
         for name, m in model.named_modules()
@@ -261,10 +261,13 @@ def _order_and_macs(model: nn.Module, layers: dict[str, nn.Module], example: Ten
         return hook
 
     hooks = [layer.register_forward_hook(count(name)) for name, layer in layers.items()]
+    modes = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad(), batch_statistics(model):
-            model(example)
+        with torch.no_grad():
+            model.eval()(example)
     finally:
+        for module, training in modes.items():
+            module.training = training
         for hook in hooks:
             hook.remove()
     if twice:

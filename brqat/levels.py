@@ -38,7 +38,7 @@ class Oscillation:
         self.direction: Tensor | None = None  # sign of the last change, 0 before the first
         self.frequency: Tensor | None = None
         self.flips: Tensor | None = None  # since the last report
-        self.steps = 0
+        self.steps = 0  # with a step before them, since the last report
         self.sizes: list[int] = []
 
     @torch.no_grad()
@@ -58,17 +58,17 @@ class Oscillation:
             self.frequency.lerp_(back.float(), OSCILLATION_MOMENTUM)
             self.flips += change != 0
             self.direction = torch.where(change != 0, change, self.direction)
+            self.steps += 1
         self.last = codes
-        self.steps += 1
         self.sizes = [site.seen.codes.numel() for site in self.sites.values()]
 
     def report(self) -> dict[str, tuple[Tensor, ...]]:
         """STEP_FIGURES per site, still on the device; then starts a new count of flips."""
-        if self.last is None:
+        if self.steps == 0:
             return {}
         out = {
             name: (
-                flips.double().mean() / max(self.steps, 1),
+                flips.double().mean() / self.steps,
                 frequency.double().mean(),
                 (frequency > OSCILLATING_ABOVE).double().mean(),
             )

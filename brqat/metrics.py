@@ -74,9 +74,9 @@ def site_sums(site: Quantizer, v: Tensor, codes: Tensor, alpha_before: Tensor | 
         distance.sum(dtype=torch.float64),
         e.square().sum(dtype=torch.float64),
         inside.sum(),
-        (distance * inside).sum(dtype=torch.float64),
+        torch.where(inside, distance, 0).sum(dtype=torch.float64),
         nonzero.sum(),
-        (distance * nonzero).sum(dtype=torch.float64),
+        torch.where(nonzero, distance, 0).sum(dtype=torch.float64),
         below.sum(),
         above.sum(),
         (distance < 0.01).sum(),
@@ -105,7 +105,7 @@ def level_metrics(sums: Tensor, grid: Grid) -> tuple[dict, Tensor]:
     parts = [grid.num_levels] * 3 + [len(histogram_edges(grid)) - 1]
     count, e, e_square, histogram = sums[len(SCALARS) :].split(parts)
     n = s["n"]
-    mean, square = e / count, e_square / count  # NaN in empty bins, None below
+    mean, square = e / count, e_square / count  # NaN in empty bins; null in the files
     p = count / n
     used = p[p > 0]
     figures = {

@@ -9,7 +9,7 @@ def cosine_lr(progress: float, warmup: float = 0.0) -> float:
 
     Loshchilov and Hutter, "SGDR", ICLR 2017, Eq. 5, without restarts.
     """
-    if progress < warmup:
+    if progress < warmup or warmup >= 1:  # a run that is over before its warmup never comes to the cosine
         return progress / warmup
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 

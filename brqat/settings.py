@@ -56,6 +56,8 @@ class Settings:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{key}={value!r} cannot be: write a whole number, {low} or more.")
+        if self.seed >= 2**31:
+            raise ValueError(f"seed={self.seed} cannot be: write a whole number below 2**31.")
         for key, words in (("precision", ("fp32", "bf16")), ("objective", tuple(OBJECTIVES))):
             if getattr(self, key) not in words:
                 raise ValueError(f"{key}={getattr(self, key)!r} is not known. Write one of {', '.join(words)}.")
