@@ -76,15 +76,18 @@ def bin_count(index: Tensor, num_bins: int) -> Tensor:
 
 def _as_it_lies(t: Tensor) -> Tensor:
     """Flat, in the order of memory where that is channels_last: a sum is free in its order, and a copy costs."""
-    if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last):
-        t = t.permute(0, 2, 3, 1)
-    return t.flatten()
+    return (t.permute(0, 2, 3, 1) if _is_channels_last(t) else t).flatten()
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    """And not in rows as well, which a tensor of one channel or one pixel is."""
+    return t.dim() == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
     """table[index], several times faster on a CPU, and in index's memory layout."""
-    if index.dim() == 4 and index.is_contiguous(memory_format=torch.channels_last):
-        return _look_up(table, index.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
+    if _is_channels_last(index):
+        return _look_up(table, index.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     return table.index_select(0, index.flatten()).view(index.shape)
 
 

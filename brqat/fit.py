@@ -267,6 +267,7 @@ class Fit:
         """Goes to where the folder's checkpoint stands, True, or clears the folder of what has no checkpoint, False."""
         if not self.files.last.exists():
             self.files.cut_after(-1)
+            self.files.best.unlink(missing_ok=True)
             return False
         state = checkpoint.load(self.files.last, self.device)
         assert state["fingerprint"] == self.fingerprint, "the checkpoint belongs to another training"

@@ -41,7 +41,7 @@ def uniform_grid(bits: int, signed: bool) -> Grid:
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
         raise ValueError(
             f"bits={bits!r} is not a width that brqat quantizes to: codes are kept in 8 bits. "
-            "Write a whole number from 1 to 8, or bits=float to leave the tensor alone."
+            "Write a whole number from 1 to 8 (from 2 for weights), or bits=float to leave the tensor alone."
         )
     if not signed:
         return Grid(0, 2**bits - 1)

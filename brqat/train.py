@@ -44,6 +44,13 @@ GROUPS = ("quantizer", "regularizer", "alpha_policy", "dataset", "model", "optim
 # Settings that say where a run lives and is shown, not what it computes.
 NOT_HASHED = ("tracking", "resume", "cache_dir", "dataset.cache_dir", "dataset.workers")
 
+# What summary.json holds whatever becomes of a run; null for what the run did not come to.
+SUMMARY_KEYS = (
+    "status", "objective", "val_acc", "test_acc", "float_test_acc", "best_epoch", "epochs", "seconds", "weight_bits",
+    "act_bits", "weight_bytes", "bops", "seed", "config_hash", "git_sha", "versions", "device", "study_name",
+    "trial_number", "wandb_run_id",
+)  # fmt: skip
+
 
 def config_dir() -> str:
     """conf/ beside the package in a checkout, or inside it in a wheel: whichever holds train.yaml."""
@@ -84,15 +91,13 @@ def run(cfg: DictConfig, folder: Path) -> dict:
         if before.get("status") == "completed":
             log.info("this run is complete already: %s", files.summary)
             return before
-        summary = {
+        summary = dict.fromkeys(SUMMARY_KEYS) | {
             "status": "failed",
             "objective": OBJECTIVES.get(cfg.get("objective"), 0.0),
             "seed": cfg.get("seed"),
             "config_hash": config_hash(cfg),
             "git_sha": git_sha(),
             "versions": versions(),
-            "study_name": None,
-            "trial_number": None,
         }
         dashboard = NoDashboard()
         try:

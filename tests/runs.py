@@ -1,15 +1,26 @@
 """Whole runs in the test's own process: composed as Hydra composes them, read back from the folder they leave."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 
 import brqat.train
 
 REPO = Path(brqat.train.__file__).parent.parent
-BASE = ("tracking=files", "device=cpu", "epochs=2", "warmup_epochs=1", "bn_batches=4", "calibration_batches=4")
+BASE = (
+    "tracking=files",
+    "device=cpu",
+    "threads=1",
+    "epochs=2",
+    "warmup_epochs=1",
+    "bn_batches=4",
+    "calibration_batches=4",
+)
 # A data set of which an epoch takes milliseconds.
 SYNTHETIC = (
     "dataset=synthetic",
@@ -28,13 +39,18 @@ def overrides_of(*overrides):
 
 
 def config(*overrides):
-    with initialize_config_dir(brqat.train.config_dir(), version_base=None):
+    with initialize_config_dir(brqat.train.config_dir()):
         return compose("train", overrides_of(*overrides))
 
 
 def train(folder, cache, *overrides):
     """The summary of a run in this process."""
     return brqat.train.run(config(f"cache_dir={cache}", *overrides), folder)
+
+
+def make(node, **arguments):
+    """What a group of the config describes."""
+    return instantiate(node, _execution_whitelist_=brqat.train.TARGETS, **arguments)
 
 
 def no_constant(word):
@@ -85,3 +101,11 @@ def assert_same_run(left, right):
             assert same_tensors(a[key], b[key]), f"{name} differs in {key}"
     differing = {k for k, v in summary(left).items() if summary(right).get(k, "absent") != v}
     assert differing <= {"seconds", "wandb_run_id"}
+
+
+def records(folder, run_id):
+    """What the .wandb file of an offline run holds, read by wandb itself."""
+    (path,) = folder.glob(f"wandb/offline-run-*-{run_id}/*.wandb")
+    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(path)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [json.loads(line) for line in text.splitlines()]

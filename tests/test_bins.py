@@ -179,3 +179,14 @@ def test_result_does_not_depend_on_memory_layout():
     )
     assert torch.equal(plain.count, last.count)
     torch.testing.assert_close(plain.mse, last.mse, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 1, 1), (4, 1, 5, 5), (1, 6, 5, 5), (4, 6, 5, 1)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_shapes_whose_layout_is_ambiguous(shape, memory_format):
+    grid, alpha = uniform_grid(2, True), torch.tensor(0.4)
+    v = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(memory_format=memory_format).requires_grad_()
+    flat = v.detach().flatten().requires_grad_()
+    for x in (v, flat):
+        bin_table(x, lsq_codes(x, alpha, grid).detach(), alpha, grid).mse.sum().backward()
+    torch.testing.assert_close(v.grad.flatten(), flat.grad)

@@ -69,7 +69,6 @@ class WandbRun:
             for partial in folder.glob(f"wandb/offline-run-*-{run_id}"):
                 (folder / "wandb" / "superseded").mkdir(exist_ok=True)
                 shutil.move(partial, folder / "wandb" / "superseded" / partial.name)
-        self.run_id = run_id or secrets.token_hex(4)
         self.run = wandb.init(
             project=self.project,
             group=self.group,
@@ -77,12 +76,13 @@ class WandbRun:
             tags=[*self.tags, *tags],
             config=config,
             dir=folder,
-            id=self.run_id,
+            id=run_id or secrets.token_hex(4),
             mode=self.mode,
             resume="allow",
             reinit="finish_previous",  # several runs in one process are several runs, not one that grows
             settings=wandb.Settings(silent=True, console="off", init_timeout=60),
         )
+        self.run_id = self.run.id
         self.run.define_metric("epoch")
         self.run.define_metric("*", step_metric="epoch")
         if self.mode == "offline":
