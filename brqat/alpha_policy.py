@@ -42,6 +42,8 @@ class AlphaPolicy:
                 f"alpha_policy.lr_scale={lr_scale!r} cannot scale a learning rate: it must be a number above 0. "
                 "An alpha that must not move from the start: alpha_policy=frozen warmup_epochs=0."
             )
+        if not isinstance(force, bool):
+            raise ValueError(f"alpha_policy.force={force!r} is neither true nor false.")
         self.of: dict[Kind, str] = {"weight": weight, "act": act}
         self.lr_scale = lr_scale
         self.force = force
@@ -118,16 +120,18 @@ class AlphaPolicy:
             log.warning(advice)
 
     def stability_index(self, site: Quantizer, regularizer: Regularizer, optimizer: torch.optim.SGD) -> float:
-        """eta * lambda * h / (2 * (1 + beta)) of one site at the run's base learning rate and full lambda.
+        """How near the regularizer's step on one site's alpha is to overshooting; stable up to 1.
 
-        Gradient descent with momentum beta on a curvature lambda * h is stable up to 1. It is 0 where the
+        eta * lambda * h / (2 * (1 + beta)) for heavy-ball momentum beta, and (1 + 2 * beta) times that for Nesterov's,
+        at the run's base learning rate and full lambda: gradient descent on a curvature lambda * h. 0 where the
         regularizer's gradient does not reach alpha. LSQ's scale g is no part of it: it scales LSQ's gradient only.
         """
         if self.of[site.kind] != "backprop" or not regularizer.acts_on(site):
             return 0.0
-        eta = optimizer.param_groups[-1]["base_lr"]
-        beta = optimizer.param_groups[-1]["momentum"]
-        return eta * regularizer.lambdas[site.kind] * regularizer.curvature(site) / (2 * (1 + beta))
+        group = optimizer.param_groups[-1]
+        beta = group["momentum"]
+        limit = 2 * (1 + beta) / (1 + 2 * beta if group["nesterov"] else 1)
+        return group["base_lr"] * regularizer.lambdas[site.kind] * regularizer.curvature(site) / limit
 
 
 class PositiveAlphas:
@@ -140,16 +144,15 @@ class PositiveAlphas:
         self.sizes = [alpha.numel() for alpha in self.alphas]
         self.clamped: Tensor | None = None
         if self.alphas:
-            self.floor = torch.cat([floor.reshape(-1) for floor in self.floors])
-            self.clamped = torch.zeros_like(self.floor, dtype=torch.int64)
+            self.clamped = torch.zeros(sum(self.sizes), dtype=torch.int64, device=self.alphas[0].device)
 
     @torch.no_grad()
     def guard(self) -> None:
         """Call after optimizer.step(); waits for nothing on the device."""
         if not self.alphas:
             return
-        flat = torch.cat([alpha.reshape(-1) for alpha in self.alphas])
-        self.clamped += flat < self.floor
+        flat, floor = (torch.cat([t.reshape(-1) for t in part]) for part in (self.alphas, self.floors))
+        self.clamped += flat < floor
         torch._foreach_maximum_(self.alphas, self.floors)
 
     def counts(self) -> dict[str, int]:

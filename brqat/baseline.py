@@ -71,8 +71,5 @@ class FloatBaseline:
         try:
             fit.train("float")
         except Diverged as error:
-            raise ValueError(
-                f"the float baseline diverged ({error}): there is nothing to quantize. Lower optimizer.lr, or start "
-                "from random weights with pretrained=none."
-            ) from error
+            raise Diverged(f"the float baseline has nothing to quantize: {error}. Lower optimizer.lr.") from error
         self.files.write_summary({"config": self.determines, "status": "completed"} | fit.standing() | fit.test())

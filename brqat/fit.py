@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,6 +29,7 @@ from brqat.tracking.files import RunFiles
 
 log = logging.getLogger(__name__)
 
+LEVEL_BATCH = 128  # pictures whose values at all sites are held at once to be measured
 GRADIENT_PICTURES = 64  # that alpha's gradients are measured on after an epoch
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
 
@@ -189,10 +190,13 @@ class Fit:
         recipe = self.recipe
         trained = running_statistics(self.model)
         with recipe.autocast(), self.reestimated():
-            score = evaluate(self.model, self.splits.val.in_order(recipe.eval_batch_size))
+            score = evaluate(self.model, self._until_stopped(self.splits.val.in_order(recipe.eval_batch_size)))
             if not math.isfinite(score.loss):
                 raise Diverged(f"the validation loss is not finite in epoch {epoch}")
             rows, histograms = self._levels(epoch)
+            broken = [row["site"] for row in rows if row["nonfinite"]]
+            if broken:
+                raise Diverged(f"values of {broken[0]} are not finite in epoch {epoch}")
             if self._eligible(epoch) and score.better_than(self.best):
                 self.best, self.best_epoch = score, epoch
                 self._save_best(trained)
@@ -206,8 +210,9 @@ class Fit:
         """The calibrated network as it is: post-training quantization, written down as epoch 0."""
         started = time.perf_counter()
         score, rows, histograms = self.evaluate_epoch(0)
+        self.seconds += time.perf_counter() - started
         metrics = {"epoch": 0, "val/acc": score.acc, "val/loss": score.loss, **self._aggregates(rows)}
-        self._write(metrics | {"seconds": time.perf_counter() - started}, rows, histograms)
+        self._write(metrics | {"seconds": self.seconds}, rows, histograms)
 
     def _eligible(self, epoch: int) -> bool:
         """Epochs of warmup do not compete: there the regularizer and the freeze, which a run is about, do not act."""
@@ -217,9 +222,12 @@ class Fit:
         if not self.sites:
             return [], {}
         recipe = self.recipe
-        subset = list(self.splits.val.in_order(recipe.eval_batch_size, limit=recipe.level_pictures))
-        rows, histograms = self.levels.evaluate(self.model, (images for images, _ in subset), epoch)
-        few = [part[:GRADIENT_PICTURES] for part in subset[0]]
+
+        def subset() -> Iterator[tuple[Tensor, Tensor]]:
+            return self._until_stopped(self.splits.val.in_order(LEVEL_BATCH, limit=recipe.level_pictures))
+
+        rows, histograms = self.levels.evaluate(self.model, (images for images, _ in subset()), epoch)
+        few = [part[:GRADIENT_PICTURES] for part in next(subset())]
         strength = self._strength_after(epoch)
         gradients = alpha_gradients(
             self.model, *few, self.sites, self.regularizer, self.policy, strength, self.optimizer
@@ -257,17 +265,31 @@ class Fit:
                 "kept": self.kept,
             },
         )
+        self._settle_best()
+
+    def _settle_best(self) -> None:
+        """next_best becomes best if last.pt knows of it, and goes if a kill came before."""
+        if self.files.next_best.exists():
+            if checkpoint.load(self.files.next_best)["epoch"] == self.best_epoch:
+                self.files.next_best.replace(self.files.best)
+            else:
+                self.files.next_best.unlink()
 
     def _save_best(self, trained: dict[str, Tensor]) -> None:
-        """The network as it was evaluated; `running` holds the BatchNorm statistics that training left."""
+        """The network as it was evaluated; `running` holds the BatchNorm statistics that training left.
+
+        Under a name of its own until last.pt says that this epoch is the best: a kill between the two leaves a pair
+        that belongs together.
+        """
         state = {"epoch": self.best_epoch, "model": self.model.state_dict(), "running": trained}
-        checkpoint.save(self.files.best, state)
+        checkpoint.save(self.files.next_best, state)
 
     def start_or_resume(self) -> bool:
         """Goes to where the folder's checkpoint stands, True, or clears the folder of what has no checkpoint, False."""
         if not self.files.last.exists():
             self.files.cut_after(-1)
             self.files.best.unlink(missing_ok=True)
+            self.files.next_best.unlink(missing_ok=True)
             return False
         state = checkpoint.load(self.files.last, self.device)
         assert state["fingerprint"] == self.fingerprint, "the checkpoint belongs to another training"
@@ -284,6 +306,7 @@ class Fit:
         checkpoint.set_random_states(state["random"])
         self.seconds, self.kept = state["seconds"], state["kept"]
         self.files.cut_after(self.epoch)
+        self._settle_best()
         return True
 
     # ---- what comes out
@@ -306,18 +329,20 @@ class Fit:
         """
 
         def score(part: Pixels | Files) -> Score:
-            return evaluate(self.model, part.in_order(self.recipe.eval_batch_size))
+            # A new autocast each time: within one it keeps its copies of weights that have been replaced since.
+            with self.recipe.autocast():
+                return evaluate(self.model, self._until_stopped(part.in_order(self.recipe.eval_batch_size)))
 
         val, test = self.splits.val, self.splits.test
         self.model.eval()
-        with self.recipe.autocast():
-            with self.reestimated():
-                last_val, last_test = score(val), score(test)
-            best = checkpoint.load(self.files.best, self.device)
-            self.model.load_state_dict(best["model"] | best["running"])
-            running_val, running_test = score(val), score(test)
-            self.model.load_state_dict(best["model"])
-            chosen = score(test)
+        with self.reestimated():
+            last_val, last_test = score(val), score(test)
+        best = checkpoint.load(self.files.best, self.device)
+        assert best["epoch"] == self.best_epoch, "best.pt is not the epoch that validation chose"
+        self.model.load_state_dict(best["model"] | best["running"])
+        running_val, running_test = score(val), score(test)
+        self.model.load_state_dict(best["model"])
+        chosen = score(test)
         return {
             "test_acc": chosen.acc,
             "test_loss": chosen.loss,
@@ -337,6 +362,11 @@ class Fit:
         """Weight sites always show their codes, for the oscillation; activation sites where they are regularized."""
         for site in self.sites.values():
             site.recording = site.kind == "weight" or (regularized and self.regularizer.acts_on(site))
+
+    def _until_stopped(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches:
+            self.stop.check()
+            yield batch
 
     def _set_lr(self, progress: float) -> None:
         factor = cosine_lr(progress, self.recipe.lr_warmup_epochs / self.recipe.epochs)

@@ -156,6 +156,7 @@ class LevelHistory:
                     "site": name,
                     "kind": site.kind,
                     "bits": site.bits,
+                    "codes": list(site.grid.codes),
                     "exempt": site.exempt,
                     "numel": numel[name],
                     "alpha": alpha.mean().item(),

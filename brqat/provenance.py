@@ -16,6 +16,12 @@ def content_hash(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def source_hash() -> str:
+    """16 hex digits that change with any line of brqat's own code."""
+    here = Path(__file__).resolve().parent
+    return content_hash({str(path.relative_to(here)): path.read_text() for path in sorted(here.rglob("*.py"))})
+
+
 def git_sha() -> str | None:
     """Revision of the checkout that brqat is imported from, with -dirty for changed files; None outside of one."""
     here = Path(__file__).resolve().parent

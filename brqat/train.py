@@ -31,7 +31,7 @@ from brqat.fit import Diverged, Fit, Recipe, fixed_batches
 from brqat.interrupt import Interrupted, StopRequest, stop_request
 from brqat.layers import LayerCost, Scheme, calibrate, quantize, sites
 from brqat.levels import recording
-from brqat.provenance import content_hash, git_sha, versions
+from brqat.provenance import content_hash, git_sha, source_hash, versions
 from brqat.regularizer.base import Regularizer
 from brqat.settings import OBJECTIVES, Settings
 from brqat.tracking.files import NoDashboard, RunFiles
@@ -107,6 +107,9 @@ def run(cfg: DictConfig, folder: Path) -> dict:
             summary |= {"status": "interrupted", "error": f"stopped by {signal}"}
             log.warning("stopped by %s. To go on: the same command with hydra.run.dir=%s resume=true", signal, folder)
             raise SystemExit(128 + signal.number) from None
+        except Diverged as error:  # of the float baseline; a run's own is met in _run, which knows more of it
+            log.error("%s", error)
+            summary |= {"status": "diverged", "error": str(error)}
         except KeyboardInterrupt:
             summary |= {"status": "interrupted", "error": "stopped by a second SIGINT"}
             raise
@@ -115,8 +118,8 @@ def run(cfg: DictConfig, folder: Path) -> dict:
             raise
         finally:
             summary["wandb_run_id"] = dashboard.run_id
-            dashboard.finish(summary)
             files.write_summary(summary)
+            dashboard.finish(summary)  # last: it may wait for a network
         log.info("%s  results in %s", _in_a_line(summary), folder)
         return summary
 
@@ -142,35 +145,42 @@ def _run(cfg: DictConfig, files: RunFiles, dashboard, stop: StopRequest) -> dict
     log.info("%s", policy.describe(regularizer, settings.warmup_epochs))
     _say_what_never_begins(settings, regularizer, policy)
 
-    def quantized(model: nn.Module) -> tuple[nn.Module, list[LayerCost]]:
+    def quantized(model: nn.Module) -> list[LayerCost]:
         """Quantizes and calibrates in place; refuses alphas that will run away."""
         costs = quantize(model, next(iter(fixed_batches(splits, recipe, 1))), scheme)
         calibrate(model, fixed_batches(splits, recipe, settings.calibration_batches))
-        _check_stability(model, policy, regularizer, make_optimizer, splits, recipe)
-        return model, costs
+        if not resuming:
+            _check_stability(model, policy, regularizer, make_optimizer, splits, recipe)
+        return costs
 
+    resuming = files.last.exists()  # then the checkpoint holds all weights
     float_summary = {}
-    if settings.pretrained == "auto" and not scheme.is_float:
+    if resuming:
+        pass
+    elif settings.pretrained == "auto" and not scheme.is_float:
         baseline = FloatBaseline(Path(settings.cache_dir).expanduser(), _baseline_key(cfg, settings, splits, device))
-        if not baseline.is_trained():
-            # A rehearsal on the untrained network: what cannot be quantized should not cost a float training first.
+        trained = baseline.is_trained()
+        if not trained or "backprop" in policy.of.values():
+            # A rehearsal on the untrained network: what cannot be quantized should not cost a float training first,
+            # and what is refused must not hang on the cache.
             quantized(copy.deepcopy(model))
+        if not trained:
             float_recipe = recipe.for_epochs(settings.float_epochs)
             baseline.train(model, splits=splits, recipe=float_recipe, make_optimizer=make_optimizer, stop=stop)
         float_summary = baseline.load_into(model)
         log.info("float baseline: %s", _in_a_line(float_summary))
     elif settings.pretrained not in ("auto", "none"):
         checkpoint.load_float_weights(model, Path(settings.pretrained))
-    model, costs = quantized(model)
+    costs = quantized(model)
 
     checkpoint.seed_everything(settings.seed)  # again: training a baseline has drawn from the generators, a cache not
     fit = Fit(
         model, splits, recipe, make_optimizer, regularizer, policy, files, config_hash(cfg), dashboard, stop
     )  # fmt: skip
-    resumed = fit.start_or_resume()
-    if resumed:
+    fit.kept = {f"float_{key}": float_summary.get(key) for key in ("val_acc", "test_acc")}
+    if fit.start_or_resume():
         log.info("resumed after epoch %d", fit.epoch)
-    past = files.epochs() if resumed else []
+    past = files.epochs()
     config = OmegaConf.to_container(cfg, resolve=True)
     dashboard.start(files.folder, config, [scheme.tag], fit.kept.get("wandb_run_id"), past)
     fit.kept["wandb_run_id"] = dashboard.run_id
@@ -179,11 +189,11 @@ def _run(cfg: DictConfig, files: RunFiles, dashboard, stop: StopRequest) -> dict
         "epochs": settings.epochs,
         **_size(scheme, costs),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "float_val_acc": float_summary.get("val_acc"),
-        "float_test_acc": float_summary.get("test_acc"),
+        "float_val_acc": fit.kept["float_val_acc"],
+        "float_test_acc": fit.kept["float_test_acc"],
     }
     try:
-        if settings.epochs == 0 and not resumed:
+        if settings.epochs == 0 and not resuming:
             fit.evaluate_without_training()
         fit.train(scheme.tag)
     except Diverged as error:
@@ -223,6 +233,7 @@ def _baseline_key(cfg: DictConfig, settings: Settings, splits: Splits, device: t
     """Everything that determines a float baseline's weights and figures."""
     return {
         "versions": versions(),
+        "code": source_hash(),
         "device": device.type,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,  # they order the sums
         "precision": settings.precision,
@@ -262,6 +273,13 @@ def _optimizer(node: DictConfig) -> tuple[partial, float]:
     for key, value in {"lr": lr, "lr_warmup_epochs": lr_warmup, "weight_decay": settings["weight_decay"]}.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
             raise ValueError(f"optimizer.{key}={value!r} cannot be: write a finite number, 0 or more.")
+    momentum = settings.get("momentum", 0)
+    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
+        raise ValueError(f"optimizer.momentum={momentum!r} cannot be: write a number from 0 to below 1.")
+    if momentum == 0 and settings.get("nesterov"):
+        raise ValueError(
+            "optimizer.momentum=0 leaves Nesterov's nothing to look ahead by: add optimizer.nesterov=false."
+        )
     if lr == 0:
         raise ValueError("optimizer.lr=0 would train nothing. Post-training quantization is epochs=0.")
     make = _make(settings, "optimizer")
@@ -305,14 +323,15 @@ def config_hash(cfg: DictConfig) -> str:
 
 def _refuse_another_run(cfg: DictConfig, files: RunFiles, summary: dict) -> None:
     """A folder holds one run: it is resumed by its own command or left alone."""
-    if not files.last.exists():
+    if not files.last.exists() and summary.get("status") != "completed":
         return
     if not cfg.get("resume"):
         raise ValueError(
             f"{files.folder} holds a run already, which a new one would overwrite. To go on with it: resume=true. "
             "For another run: another hydra.run.dir."
         )
-    there, here = checkpoint.load(files.last)["fingerprint"], config_hash(cfg)
+    there = checkpoint.load(files.last)["fingerprint"] if files.last.exists() else summary["config_hash"]
+    here = config_hash(cfg)
     if there != here:
         raise ValueError(
             f"{files.folder} holds a run of another configuration (hash {there}, this command's is {here}): resuming "

@@ -134,8 +134,8 @@ def lone_site(bits, size=20_000, seed=0):
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("target", [0.2, 0.8, 1.25, 3.0])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_stability_index_tells_who_runs_away(bits, target, momentum):
+@pytest.mark.parametrize("momentum, nesterov", [(0.0, False), (0.9, False), (0.9, True)])
+def test_stability_index_tells_who_runs_away(bits, target, momentum, nesterov):
     """SGD on alpha alone under the regularizer, weights and codes held: below 1 it settles, above it does not.
 
     lambda is chosen so that the index is `target`; the verdict is what really happens over 500 steps.
@@ -144,8 +144,9 @@ def test_stability_index_tells_who_runs_away(bits, target, momentum):
     site.seen = Seen(v, site.codes(v, site.alpha.detach()).to(torch.int16))
     policy, lr = AlphaPolicy("backprop", "learnable"), 0.01
     h = BinReg(1.0).curvature(site)
-    regularizer = BinReg(target * 2 * (1 + momentum) / (lr * h))
-    optimizer = torch.optim.SGD([site.alpha], lr=lr, momentum=momentum)
+    limit = 2 * (1 + momentum) / (1 + 2 * momentum if nesterov else 1)
+    regularizer = BinReg(target * limit / (lr * h))
+    optimizer = torch.optim.SGD([site.alpha], lr=lr, momentum=momentum, nesterov=nesterov)
     optimizer.param_groups[0]["base_lr"] = lr
     assert policy.stability_index(site, regularizer, optimizer) == pytest.approx(target)
     with torch.no_grad():
@@ -183,7 +184,7 @@ def verdict(quantized, pictures, lambda_br, policy=None, make=OPTIMIZERS["moment
 
 def test_a_runaway_is_refused_a_doubtful_one_warned_of(quantized, pictures, caplog):
     h = max(2 * sum(c * c for c in s.codes(w, s.alpha).unique().tolist()) for s, w in weights(quantized))
-    limit = 2 * 1.9 / (0.05 * h)
+    limit = 2 * 1.9 / 2.8 / (0.05 * h)
     with caplog.at_level(logging.WARNING):
         verdict(quantized, pictures, 1.0)
         assert not caplog.messages
@@ -218,6 +219,11 @@ def test_alpha_control_is_said():
     lines = AlphaPolicy("frozen", "backprop").describe(BinReg(1.0, 0.0), warmup_epochs=5).splitlines()
     assert lines[1].split() == ["weights", "frozen", "until", "epoch", "5", "no", "epoch", "6"]
     assert lines[2].split() == ["activations", "backprop", "yes", "no,", "lambda", "is", "0", "never"]
+
+
+def test_force_must_be_true_or_false():
+    with pytest.raises(ValueError, match="neither true nor false"):
+        AlphaPolicy("backprop", "backprop", force="no")
 
 
 @pytest.mark.parametrize("bad", [{"weight": "freeze"}, {"act": "none"}, {"lr_scale": 0}, {"lr_scale": -1}])

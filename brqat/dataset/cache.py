@@ -1,12 +1,12 @@
 """An array kept on disk, for what takes long to compute."""
 
 import logging
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+from brqat.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +36,4 @@ def cached(path: Path | None, compute: Callable[[], np.ndarray]) -> np.ndarray:
 def write(path: Path, array: np.ndarray) -> None:
     """Writes under a temporary name, then renames: no reader sees half a file and no crash leaves one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".npz", delete=False) as file:
-        try:
-            np.savez(file, array=array)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    write_whole(path, lambda file: np.savez(file, array=array))

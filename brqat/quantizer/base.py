@@ -34,6 +34,8 @@ class Quantizer(nn.Module):
         super().__init__()
         if start not in STARTS:
             raise ValueError(f"start={start!r} is no way to find alpha. Write one of {', '.join(STARTS)}.")
+        if not isinstance(per_channel, bool):
+            raise ValueError(f"per_channel={per_channel!r} is neither true nor false.")
         if per_channel and kind == "act":
             raise ValueError(
                 "per_channel=True on activations would need one rescaling per input channel inside the dot "

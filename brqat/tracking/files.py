@@ -27,6 +27,7 @@ class RunFiles:
         self.summary = folder / "summary.json"
         self.last = folder / "last.pt"
         self.best = folder / "best.pt"
+        self.next_best = folder / ".best.next.pt"
 
     def add_epoch(self, metrics: dict, levels: list[dict], histograms: dict[str, np.ndarray]) -> None:
         append_jsonl(self.levels, levels)
@@ -61,12 +62,15 @@ class RunFiles:
         if kept:
             write_whole(self.histograms, lambda file: np.savez_compressed(file, **kept))
 
-    def epochs(self) -> list[tuple[dict, list[dict]]]:
-        """Every epoch's metrics line with its levels lines."""
+    def epochs(self) -> list[tuple[dict, list[dict], dict[str, np.ndarray]]]:
+        """What add_epoch was given, epoch by epoch."""
+        histograms = self.read_histograms()
         levels: dict[int, list[dict]] = {}
         for row in read_jsonl(self.levels):
             levels.setdefault(row["epoch"], []).append(row)
-        return [(row, levels.get(row["epoch"], [])) for row in read_jsonl(self.metrics)]
+        return [
+            (row, levels.get(row["epoch"], []), of_epoch(histograms, row["epoch"])) for row in read_jsonl(self.metrics)
+        ]
 
     def write_summary(self, summary: dict) -> None:
         write_json(self.summary, summary)
@@ -74,6 +78,12 @@ class RunFiles:
     def read_summary(self) -> dict | None:
         """The summary, or None where there is none."""
         return json.loads(self.summary.read_text()) if self.summary.exists() else None
+
+
+def of_epoch(histograms: dict[str, np.ndarray], epoch: int) -> dict[str, np.ndarray]:
+    """The arrays of one epoch, with their edges."""
+    sites = [key.rpartition("@")[0] for key in histograms if key.endswith(f"@{epoch}")]
+    return {f"{site}@{which}": histograms[f"{site}@{which}"] for site in sites for which in (epoch, "edges")}
 
 
 class NoDashboard:

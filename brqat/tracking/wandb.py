@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import secrets
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 
 log = logging.getLogger(__name__)
 
+PER_BIN_UP_TO = 4  # bits
 MODES = ("offline", "online", "disabled")
 
 
@@ -50,6 +52,8 @@ class WandbRun:
     ):
         if mode not in MODES:
             raise ValueError(f"tracking.mode={mode!r} is not known. Write one of {', '.join(MODES)}.")
+        if isinstance(tags, str):
+            raise ValueError(f"tracking.tags={tags!r} is one text, not a list. Write tracking.tags=[{tags}].")
         self.project, self.mode, self.group, self.name = project, mode, group, name
         self.tags = list(tags or [])
         self.broken = False
@@ -58,15 +62,15 @@ class WandbRun:
 
     @_never_fatal
     def start(self, folder: Path, config: dict, tags: list[str], run_id: str | None, past: list) -> None:
-        """Opens the run. run_id: of the run that is resumed; past: its epochs as (metrics, levels), replayed offline.
+        """Opens the run. run_id: of the run that is resumed; past: what add_epoch was given before, replayed offline.
 
         Offline, a resumed run writes its past again, since a kill may have lost what wandb had not yet written; the
         cut-off copy moves to wandb/superseded so that a sync does not send both.
         """
         import wandb
 
-        if run_id and self.mode == "offline":
-            for partial in folder.glob(f"wandb/offline-run-*-{run_id}"):
+        if self.mode == "offline":
+            for partial in folder.glob("wandb/offline-run-*"):
                 (folder / "wandb" / "superseded").mkdir(exist_ok=True)
                 shutil.move(partial, folder / "wandb" / "superseded" / partial.name)
         self.run = wandb.init(
@@ -82,16 +86,19 @@ class WandbRun:
             reinit="finish_previous",  # several runs in one process are several runs, not one that grows
             settings=wandb.Settings(silent=True, console="off", init_timeout=60),
         )
-        self.run_id = self.run.id
+        self.run_id = self.run.id if self.mode != "disabled" else None
         self.run.define_metric("epoch")
         self.run.define_metric("*", step_metric="epoch")
         if self.mode == "offline":
-            for metrics, levels in past:
-                self.run.log(_flat(metrics, levels))
+            for epoch in past:
+                self._log(*epoch)
 
     @_never_fatal
     def add_epoch(self, metrics: dict, levels: list[dict], histograms: dict[str, np.ndarray]) -> None:
         """histograms: arrays as in histograms.npz, SITE@EPOCH and SITE@edges."""
+        self._log(metrics, levels, histograms)
+
+    def _log(self, metrics: dict, levels: list[dict], histograms: dict[str, np.ndarray]) -> None:
         import wandb
 
         row = _flat(metrics, levels)
@@ -111,10 +118,17 @@ class WandbRun:
 
 
 def _flat(metrics: dict, levels: list[dict]) -> dict[str, float]:
-    """The scalars of an epoch under one name each: sites/SITE/FIGURE for a site's."""
+    """The figures of an epoch under one name each: sites/SITE/FIGURE, and sites/SITE/FIGURE/CODE per bin.
+
+    Bins of 8-bit sites stay in levels.jsonl: 256 of them a figure make no chart.
+    """
     row = {key: value for key, value in metrics.items() if value is not None}
     for site in levels:
         for key, value in site.items():
             if key != "epoch" and isinstance(value, (int, float)) and not isinstance(value, bool):
                 row[f"sites/{site['site']}/{key}"] = value
+            elif isinstance(value, list) and site["bits"] <= PER_BIN_UP_TO:
+                for code, entry in zip(site["codes"], value, strict=True):
+                    if key != "codes" and entry is not None and math.isfinite(entry):
+                        row[f"sites/{site['site']}/{key}/{code}"] = entry
     return row
