@@ -1,5 +1,6 @@
 """Every data set option loads small files of its real format; an epoch is a pure function of its seed."""
 
+import os
 import gzip
 import hashlib
 import pickle
@@ -497,7 +498,7 @@ def test_pictures_of_two_sizes_are_both_named(pictures):
 def test_folders_of_another_layout_are_refused(tmp_path, pictures):
     for root in (None, "???"):
         with pytest.raises(ValueError, match=r"write dataset.root=FOLDER.*train/CLASS"):
-            load("image_folder", root=None) if root is None else folder(root)
+            load("image_folder", root=None, cache_dir=None) if root is None else folder(root)
     with pytest.raises(ValueError, match=r"nowhere is not a folder.*train/CLASS"):
         folder(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -570,7 +571,7 @@ def test_cache_that_cannot_be_written_is_done_without(tmp_path, caplog):
 
 
 def test_failed_write_leaves_no_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache.os, "replace", no_network)
+    monkeypatch.setattr(os, "replace", no_network)
     with pytest.raises(URLError):
         cache.write(tmp_path / "x.npz", np.arange(3))
     assert list(tmp_path.iterdir()) == []

@@ -114,10 +114,12 @@ def test_cut_after_keeps_exactly_what_was_written_up_to_the_epoch(tmp_path, epoc
     assert [row["epoch"] for row in read_jsonl(files.metrics)] == [*kept, epoch + 1]
 
 
-def test_epochs_pairs_metrics_with_their_levels(tmp_path):
+def test_epochs_gives_metrics_with_their_levels_and_histograms(tmp_path):
     pairs = epoch_files(tmp_path, 2).epochs()
-    assert [metrics["epoch"] for metrics, _ in pairs] == [0, 1]
-    assert [[row["site"] for row in levels] for _, levels in pairs] == [["a.weight", "b@x.weight"]] * 2
+    assert [metrics["epoch"] for metrics, _, _ in pairs] == [0, 1]
+    assert [[row["site"] for row in levels] for _, levels, _ in pairs] == [["a.weight", "b@x.weight"]] * 2
+    for epoch, (_, _, histograms) in enumerate(pairs):
+        assert {key.rpartition("@")[2] for key in histograms} <= {str(epoch), "edges"}
 
 
 def test_an_empty_run_folder_has_nothing_to_cut_or_read(tmp_path):

@@ -93,7 +93,7 @@ def test_run_killed_three_times_equals_one_that_was_not(tmp_path, cache, uninter
     assert_same_run(folder, uninterrupted)
 
 
-@pytest.mark.parametrize(("name", "epoch"), [("last.pt", 1), ("last.pt", 2), ("last.pt", 3), ("best.pt", 3)])
+@pytest.mark.parametrize(("name", "epoch"), [("last.pt", 1), ("last.pt", 2), ("last.pt", 3), (".best.next.pt", 3)])
 def test_run_broken_off_while_writing_a_checkpoint_equals_one_that_was_not(
     tmp_path, cache, uninterrupted, monkeypatch, name, epoch
 ):
