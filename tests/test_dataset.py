@@ -1,8 +1,8 @@
 """Every data set option loads small files of its real format; an epoch is a pure function of its seed."""
 
-import os
 import gzip
 import hashlib
+import os
 import pickle
 import struct
 from pathlib import Path
