@@ -41,6 +41,12 @@ def test_the_readme_leads_with_two_commands_that_set_themselves_up():
     assert SETUP[1] in (ROOT / ".ci" / "run").read_text()
 
 
+def test_the_table_is_what_the_stored_runs_give(tmp_path):
+    command = "python -m multirun_analysis docs/runs/digits --out " + str(tmp_path)
+    printed = [line for line in shell(command, ROOT, environment(tmp_path)).splitlines() if line.startswith("|")]
+    assert len(printed) > 2 and "\n".join(printed) in README
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """A folder in which README's commands run one after the other, with pictures of two classes in FOLDER."""
