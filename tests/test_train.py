@@ -11,6 +11,7 @@ import wandb
 from runs import REPO, SYNTHETIC, by_site, config, make, records, rows, same_tensors, summary, timeless, train
 from test_dataset import write_cifar, write_mnist, write_pictures
 
+from brqat import checkpoint
 from brqat.dataset.pixels import Pixels
 from brqat.layers import calibrate, quantize, sites
 
@@ -221,6 +222,27 @@ def test_test_accuracy_is_that_of_best_pt(digits):
             right = (model(images).argmax(1) == labels).double().mean().item()
         assert right == pytest.approx(summary(digits)[key], abs=1e-12)
     assert best["epoch"] == summary(digits)["best_epoch"]
+
+
+def test_bf16_figures_are_those_of_best_pt(tmp_path, cache, monkeypatch):
+    """Not of a mixture with the last epoch, which autocast's copies of weights once made of them."""
+    save = checkpoint.save
+
+    def negate_best(path, state):
+        """Makes the chosen network as different from the last one as can be."""
+        if "best" in path.name:
+            state = state | {"model": {k: -v if v.dim() > 1 else v for k, v in state["model"].items()}}
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", negate_best)
+    done = train(tmp_path, cache, "precision=bf16", "quantizer.bits=float", "pretrained=none", "epochs=2")
+    cfg = config(*DIGITS)
+    splits, model = make(cfg.dataset), make(cfg.model, num_classes=10, in_channels=1)
+    model.load_state_dict(torch.load(tmp_path / "best.pt", weights_only=True)["model"])
+    images, labels = next(splits.test.in_order(10_000))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model.to(memory_format=torch.channels_last).eval()(images).float()
+    assert torch.nn.functional.cross_entropy(logits, labels).item() == pytest.approx(done["test_loss"], rel=0.05)
 
 
 def test_test_set_is_read_once_training_has_ended(tmp_path, cache, monkeypatch):
