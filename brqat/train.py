@@ -105,7 +105,10 @@ def run(cfg: DictConfig, folder: Path) -> dict:
             summary |= _run(cfg, files, dashboard, stop)
         except Interrupted as signal:
             summary |= {"status": "interrupted", "error": f"stopped by {signal}"}
-            log.warning("stopped by %s. To go on: the same command with hydra.run.dir=%s resume=true", signal, folder)
+            log.warning(
+                "stopped by %s. To go on: the same command with resume=true and hydra.run.dir=%s (under -m: hydra.sweep.dir "
+                "as it was)", signal, folder,
+            )  # fmt: skip
             raise SystemExit(128 + signal.number) from None
         except Diverged as error:  # of the float baseline; a run's own is met in _run, which knows more of it
             log.error("%s", error)
@@ -154,6 +157,8 @@ def _run(cfg: DictConfig, files: RunFiles, dashboard, stop: StopRequest) -> dict
         return costs
 
     resuming = files.last.exists()  # then the checkpoint holds all weights
+    if resuming and device.type == "cpu":
+        torch.set_num_threads(checkpoint.load(files.last)["kept"]["threads"])  # they order the sums
     float_summary = {}
     if resuming:
         pass
@@ -178,6 +183,7 @@ def _run(cfg: DictConfig, files: RunFiles, dashboard, stop: StopRequest) -> dict
         model, splits, recipe, make_optimizer, regularizer, policy, files, config_hash(cfg), dashboard, stop
     )  # fmt: skip
     fit.kept = {f"float_{key}": float_summary.get(key) for key in ("val_acc", "test_acc")}
+    fit.kept["threads"] = torch.get_num_threads()
     if fit.start_or_resume():
         log.info("resumed after epoch %d", fit.epoch)
     past = files.epochs()
@@ -189,6 +195,7 @@ def _run(cfg: DictConfig, files: RunFiles, dashboard, stop: StopRequest) -> dict
         "epochs": settings.epochs,
         **_size(scheme, costs),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": fit.kept["threads"],
         "float_val_acc": fit.kept["float_val_acc"],
         "float_test_acc": fit.kept["float_test_acc"],
     }
@@ -328,7 +335,7 @@ def _refuse_another_run(cfg: DictConfig, files: RunFiles, summary: dict) -> None
     if not cfg.get("resume"):
         raise ValueError(
             f"{files.folder} holds a run already, which a new one would overwrite. To go on with it: resume=true. "
-            "For another run: another hydra.run.dir."
+            "For another run: another hydra.run.dir (under -m: hydra.sweep.dir)."
         )
     there = checkpoint.load(files.last)["fingerprint"] if files.last.exists() else summary["config_hash"]
     here = config_hash(cfg)

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from . import plots, tables
-from .load import load_runs
+from .load import gathered, load_runs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"{path} is not a folder")
 
     runs = load_runs(args.paths)
-    for problem in runs.problems:
+    for problem in gathered(runs.problems):
         print(problem, file=sys.stderr)
     if runs.frame.empty:
         print(

@@ -11,6 +11,7 @@ import os
 import re
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -200,3 +201,11 @@ def _first_line(error: Exception) -> str:
 
 def _natural(path: Path) -> list:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
+
+
+def gathered(problems: list[str]) -> list[str]:
+    """The problems, where a file that many runs lack is named once with their number."""
+    lacking = Counter(Path(p.removesuffix(": missing")).name for p in problems if p.endswith(": missing"))
+    many = {name for name, count in lacking.items() if count > 3}
+    rest = [p for p in problems if not (p.endswith(": missing") and Path(p.removesuffix(": missing")).name in many)]
+    return [f"{name}: missing in {lacking[name]} runs" for name in sorted(many)] + rest

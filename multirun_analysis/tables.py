@@ -9,13 +9,26 @@ import math
 import numpy as np
 import pandas as pd
 
-from .load import Runs
+from .load import Runs, gathered
 
 ACCURACIES = ("test_acc", "val_acc", "float_test_acc")  # fractions in the files, percent on paper
 METRICS = (*ACCURACIES, "seconds")
 SEED = "config.seed"
 # A figure means little without these, so they are named even where they do not vary.
-ALWAYS_NAMED = ("regularizer.normalize", "regularizer.units", "quantizer.first_last_bits", "epochs")
+ALWAYS_NAMED = (
+    "dataset._target_",
+    "model._target_",
+    "regularizer.lambda_br",
+    "regularizer.lambda_br_act",
+    "regularizer.normalize",
+    "regularizer.units",
+    "alpha_policy.weight",
+    "alpha_policy.act",
+    "quantizer.first_last_bits",
+    "epochs",
+    "warmup_epochs",
+    "threads",
+)
 
 
 def with_settings(frame: pd.DataFrame) -> pd.DataFrame:
@@ -98,7 +111,7 @@ def footer(runs: Runs) -> str:
         again = done[done.duplicated(SEED, keep=False)] if SEED in done else done[:0]
         if len(again):
             notes.append(f"Same settings and seed more than once, each counted: {', '.join(again['path'])}.")
-    notes += runs.problems
+    notes += gathered(runs.problems)
     return "\n".join(f"- {note}" for note in notes)
 
 

@@ -51,7 +51,7 @@ class Pictures:
             raise ValueError(
                 f"pictures differ in size: {path} has {picture.width} x {picture.height} pixels, "
                 f"{self.root / self.names[0]} has {self.image_size} x {self.image_size}: "
-                "set dataset.image_size to resize and center-crop all of them"
+                "set dataset.image_size, for example to 64, to resize and center-crop all of them"
             )
         values = torch.from_numpy(np.array(picture))  # (H, W) or (H, W, C)
         return values.view(self.image_size, self.image_size, self.channels).permute(2, 0, 1)

@@ -166,5 +166,8 @@ def square_size(path: Path) -> int:
     except Exception as error:
         raise ValueError(f"cannot read the picture {path}: {error}") from error
     if width != height:
-        raise ValueError(f"{path} has {width} x {height} pixels and models take squares: set dataset.image_size")
+        raise ValueError(
+            f"{path} has {width} x {height} pixels and models take squares: set dataset.image_size, for "
+            "example dataset.image_size=64"
+        )
     return width
