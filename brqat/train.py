@@ -105,10 +105,8 @@ def run(cfg: DictConfig, folder: Path) -> dict:
             summary |= _run(cfg, files, dashboard, stop)
         except Interrupted as signal:
             summary |= {"status": "interrupted", "error": f"stopped by {signal}"}
-            log.warning(
-                "stopped by %s. To go on: the same command with resume=true and hydra.run.dir=%s (under -m: hydra.sweep.dir "
-                "as it was)", signal, folder,
-            )  # fmt: skip
+            log.warning("stopped by %s. To go on: the same command with resume=true and this folder", signal)
+            log.warning("(hydra.run.dir=%s, or under -m the same hydra.sweep.dir)", folder)
             raise SystemExit(128 + signal.number) from None
         except Diverged as error:  # of the float baseline; a run's own is met in _run, which knows more of it
             log.error("%s", error)
