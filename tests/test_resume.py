@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 from runs import REPO, assert_same_run, config, overrides_of, records, rows, summary, train
 
 import brqat.train
@@ -269,3 +270,24 @@ def test_baseline_of_a_killed_trainer_is_gone_on_with(tmp_path, cache, uninterru
     assert stored[0]["seconds"] == done[1]  # the epoch that was trained is not trained again
     assert_same_run(tmp_path / "next", uninterrupted)
     assert_same_run(folder, cache / "float" / folder.name)
+
+
+def test_resumed_run_takes_the_threads_it_began_with(tmp_path, cache, monkeypatch):
+    """The number of threads orders the sums of a CPU; a machine with more cores must not change the figures."""
+    save = checkpoint.save
+
+    def break_off(path, state):
+        if path.name == "last.pt" and state["epoch"] == 2:
+            raise OSError("the disk is full")
+        save(path, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", break_off)
+        with pytest.raises(OSError, match="the disk is full"):
+            train(tmp_path, cache, "epochs=2", "threads=null")
+    torch.set_num_threads(2)
+    try:
+        done = train(tmp_path, cache, "epochs=2", "threads=null", "resume=true")
+        assert torch.get_num_threads() == done["threads"] == 1
+    finally:
+        torch.set_num_threads(1)
