@@ -179,15 +179,6 @@ def sites(model: nn.Module) -> dict[str, Quantizer]:
     return found
 
 
-def weight_of(model: nn.Module) -> dict[str, Tensor]:
-    """The float weight behind each weight site, under the site's name."""
-    return {
-        f"{name}.weight" if name else "weight": layer.weight
-        for name, layer in model.named_modules()
-        if isinstance(layer, QUANTIZED) and isinstance(layer.weight_quantizer, Quantizer)
-    }
-
-
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Gives every activation site its grid and its alpha from what flows through over several batches.

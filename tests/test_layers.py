@@ -13,7 +13,7 @@ from conftest import TinyNet, lsq_scheme
 from torch import nn
 from torchvision.models import resnet18
 
-from brqat.layers import QUANTIZED, LayerCost, Makers, QuantLinear, Scheme, calibrate, quantize, sites, weight_of
+from brqat.layers import QUANTIZED, LayerCost, Makers, QuantLinear, Scheme, calibrate, quantize, sites
 from brqat.quantizer.base import Quantizer
 from brqat.quantizer.lsq import LSQ
 
@@ -155,20 +155,20 @@ def test_inputs_float_quantizes_weights_only_and_needs_no_calibration(pictures):
         torch.testing.assert_close(model(pictures), twin(pictures))
 
 
-def test_weight_of_gives_the_float_weights_behind_the_sites(pictures):
+def test_the_layers_keep_the_very_parameters(pictures):
+    """An optimizer made before keeps its hold."""
     model = TinyNet()
-    before = {name: p for name, p in model.named_parameters() if name.endswith("weight") and "bn" not in name}
+    before = dict(model.named_parameters())
     quantize(model, pictures, lsq_scheme())
-    found = weight_of(model)
-    assert found.keys() == before.keys()
-    assert all(found[name] is before[name] for name in before)  # the very parameters: an optimizer keeps its hold
+    after = dict(model.named_parameters())
+    assert all(after[name] is before[name] for name in before)
 
 
 def test_per_channel_start_is_lsqs_in_each_channel(pictures):
     model = TinyNet()
     quantize(model, pictures, lsq_scheme(bits=3, first_last=None, per_channel=True))
-    for name, weight in weight_of(model).items():
-        alpha = sites(model)[name].alpha
+    for layer in (model.conv1, model.conv2, model.conv3, model.fc):
+        weight, alpha = layer.weight, layer.weight_quantizer.alpha
         assert alpha.shape == (weight.shape[0], *[1] * (weight.dim() - 1))
         expected = [2 * np.abs(row).mean() / math.sqrt(3) for row in weight.detach().double().numpy()]
         np.testing.assert_allclose(alpha.flatten().tolist(), expected, rtol=1e-6)
