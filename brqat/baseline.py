@@ -14,7 +14,7 @@ from brqat.fit import Diverged, Fit, Recipe
 from brqat.interrupt import StopRequest
 from brqat.provenance import content_hash
 from brqat.regularizer.none import NoRegularizer
-from brqat.tracking.files import NoDashboard, RunFiles
+from brqat.tracking.files import Identity, RunFiles
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +40,16 @@ class FloatBaseline:
         return self.files.read_summary()
 
     def train(
-        self, model: nn.Module, splits: Splits, recipe: Recipe, make_optimizer: partial, stop: StopRequest
+        self,
+        model: nn.Module,
+        splits: Splits,
+        recipe: Recipe,
+        make_optimizer: partial,
+        stop: StopRequest,
+        dashboard: object,
+        identity: Identity,
     ) -> None:
-        """Trains a copy of the model unless the cache holds it already."""
+        """Trains a copy of the model unless the cache holds it already. The dashboard's files stand in the cache too."""
         fit = partial(
             Fit,
             splits=splits,
@@ -52,7 +59,7 @@ class FloatBaseline:
             policy=AlphaPolicy(weight="learnable", act="learnable"),
             files=self.files,
             fingerprint=self.key,
-            dashboard=NoDashboard(),
+            dashboard=dashboard,
             stop=stop,
         )
         said = []
@@ -63,13 +70,20 @@ class FloatBaseline:
                 log.info("another run is training the float baseline: waiting for %s", self.files.folder)
                 said.append(True)
 
-        checkpoint.once(self.files.folder, self.is_trained, lambda: self._train(fit(copy.deepcopy(model))), waiting)
+        checkpoint.once(self.files.folder, self.is_trained, lambda: self._train(fit(copy.deepcopy(model)), identity), waiting)
 
-    def _train(self, fit: Fit) -> None:
+    def _train(self, fit: Fit, identity: Identity) -> None:
         log.info("training the float baseline, once: %s", self.files.folder)
         fit.start_or_resume()
+        identity = identity._replace(run_id=fit.kept.get("wandb_run_id"))
+        fit.dashboard.start(self.files.folder, self.determines, ["float"], identity, self.files.epochs())
+        fit.kept["wandb_run_id"] = fit.dashboard.run_id
+        summary = {"config": self.determines, "status": "failed"}
         try:
             fit.train("float")
+            summary |= {"status": "completed"} | fit.standing() | fit.test() | {"wandb_run_id": fit.dashboard.run_id}
+            self.files.write_summary(summary)
         except Diverged as error:
             raise Diverged(f"the float baseline has nothing to quantize: {error}. Lower optimizer.lr.") from error
-        self.files.write_summary({"config": self.determines, "status": "completed"} | fit.standing() | fit.test())
+        finally:
+            fit.dashboard.finish({key: value for key, value in summary.items() if key != "config"})

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written to a temporary name beside them, flushed, then renamed."""
+"""Files that are whole or absent, written to a temporary name beside them, flushed, then renamed; and where conf is."""
 
 import json
 import math
@@ -55,3 +55,12 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def config_dir() -> str:
+    """conf/ beside the package in a checkout, or inside it in a wheel: whichever holds train.yaml."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return str(folder)
+    raise FileNotFoundError(f"no conf/train.yaml in or beside {package}: the installation is incomplete")

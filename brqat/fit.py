@@ -38,6 +38,15 @@ class Diverged(Exception):
     """The loss is not finite."""
 
 
+class Pruned(Exception):
+    """The run is not worth its remaining epochs."""
+
+
+def never(epoch: int, score: "Score") -> bool:
+    """No epoch makes a run hopeless."""
+    return False
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a network is trained, whatever the network."""
@@ -84,6 +93,7 @@ class Fit:
     fingerprint: str  # of what determines this training; a checkpoint of another is refused
     dashboard: object
     stop: StopRequest
+    hopeless: Callable[[int, "Score"], bool] = never  # asked after each epoch past warmup but the last
     epoch: int = 0
     best: Score | None = None
     best_epoch: int | None = None
@@ -99,7 +109,10 @@ class Fit:
     # ---- the loop
 
     def train(self, name: str) -> None:
-        """All epochs that are left. Raises Diverged or Interrupted; the last whole epoch's checkpoint stands."""
+        """All epochs that are left.
+
+        Raises Diverged, Pruned or Interrupted; the last whole epoch's checkpoint stands.
+        """
         recipe = self.recipe
         steps = len(self.splits.train) // recipe.batch_size
         with progress(log, name, recipe.epochs * steps, self.epoch * steps) as bar:
@@ -111,6 +124,8 @@ class Fit:
                 score, line = self._finish_epoch(epoch, means, started)
                 bar.state(f"val {100 * score.acc:.1f}%")
                 log.info("%s %s", name, line)
+                if recipe.warmup_epochs < epoch < recipe.epochs and self.hopeless(epoch, score):
+                    raise Pruned(f"after epoch {epoch}, as the study's pruner compares it with other trials")
 
     def _train_epoch(self, epoch: int, steps: int, bar) -> dict[str, float | None]:
         """One pass over the training split; means over its steps, None for a penalty that does not act.

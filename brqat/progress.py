@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+import rich
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 PLAIN_EVERY_S = 30.0
@@ -47,7 +47,6 @@ def progress(log: logging.Logger, name: str, steps: int, done: int = 0) -> Itera
     if not sys.stdout.isatty():
         yield _Lines(log, name, steps, done)
         return
-    console = Console()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -55,7 +54,7 @@ def progress(log: logging.Logger, name: str, steps: int, done: int = 0) -> Itera
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[state]}"),
     )
-    with Progress(*columns, console=console, transient=True) as bar, _log_above():
+    with Progress(*columns, console=rich.get_console(), transient=True) as bar, _log_above():
         yield _Bar(bar, name, steps, done)
 
 

@@ -1,13 +1,27 @@
 """The top level of a run's config, checked."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 
-# What a run may be judged by, each with the finite worst that a run without a verdict is given.
-OBJECTIVES = {"val_acc": 0.0, "val_loss": 1e9}
+
+
+class Objective(NamedTuple):
+    """What a run may be judged by."""
+
+    direction: str  # maximize or minimize
+    worst: float  # finite, for a run without a verdict
+
+
+OBJECTIVES = {
+    "val_acc": Objective("maximize", 0.0),
+    "val_loss": Objective("minimize", 1e9),
+    "weight_bytes": Objective("minimize", 1e15),
+    "bops": Objective("minimize", 1e18),
+}
 
 # Post-training quantization has no epochs of its own that would say how long the float network trains.
 FLOAT_EPOCHS_BEFORE_PTQ = 20
@@ -39,7 +53,7 @@ class Settings:
     device: str
     threads: int | None
     precision: str
-    objective: str
+    objective: str | tuple[str, ...]
     pretrained: str
     pretrain_epochs: int | None
     calibration_batches: int
@@ -58,9 +72,13 @@ class Settings:
                 raise ValueError(f"{key}={value!r} cannot be: write a whole number, {low} or more.")
         if self.seed >= 2**31:
             raise ValueError(f"seed={self.seed} cannot be: write a whole number below 2**31.")
-        for key, words in (("precision", ("fp32", "bf16")), ("objective", tuple(OBJECTIVES))):
-            if getattr(self, key) not in words:
-                raise ValueError(f"{key}={getattr(self, key)!r} is not known. Write one of {', '.join(words)}.")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision={self.precision!r} is not known. Write one of fp32, bf16.")
+        for name in self.objectives:
+            if name not in OBJECTIVES:
+                raise ValueError(
+                    f"objective={name!r} is not known. Write one of {', '.join(OBJECTIVES)}, or several in a list."
+                )
         for key in ("device", "pretrained", "cache_dir"):
             if not isinstance(getattr(self, key), str):
                 raise ValueError(f"{key}={getattr(self, key)!r} is no text: see conf/train.yaml for what it takes.")
@@ -77,7 +95,18 @@ class Settings:
             near = difflib.get_close_matches(unknown[0], [*known, *groups], n=1)
             hint = f"Did you mean {near[0]}?" if near else f"The keys are {', '.join([*known, *groups])}."
             raise ValueError(f"{unknown[0]} is no key of a run: nothing would read it. {hint}")
+        if isinstance(given["objective"], Sequence) and not isinstance(given["objective"], str):
+            given["objective"] = tuple(given["objective"])
         return cls(**given)
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return self.objective if isinstance(self.objective, tuple) else (self.objective,)
+
+    def judge(self, figures: Mapping) -> float | list[float]:
+        """The objective from a run's figures, where one that is missing counts as the worst; a list of several."""
+        found = [OBJECTIVES[name].worst if figures.get(name) is None else figures[name] for name in self.objectives]
+        return found if isinstance(self.objective, tuple) else found[0]
 
     @property
     def float_epochs(self) -> int:

@@ -52,15 +52,6 @@ SUMMARY_KEYS = (
 )  # fmt: skip
 
 
-def config_dir() -> str:
-    """conf/ beside the package in a checkout, or inside it in a wheel: whichever holds train.yaml."""
-    package = Path(__file__).resolve().parent
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "train.yaml").is_file():
-            return str(folder)
-    raise FileNotFoundError(f"no conf/train.yaml in or beside {package}: the installation is incomplete")
-
-
 @hydra.main(config_path=config_dir(), config_name="train")
 def main(cfg: DictConfig) -> float:
     """One run, in Hydra's output folder. Returns the objective, finite whatever happened to the run.

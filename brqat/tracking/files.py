@@ -8,12 +8,21 @@ summary.json     written last
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from brqat.files import append_jsonl, read_jsonl, write_json, write_whole
+
+
+class Identity(NamedTuple):
+    """How a dashboard is to know a run; None leaves it to the config and the dashboard."""
+
+    run_id: str | None = None
+    name: str | None = None
+    group: str | None = None
+    job_type: str | None = None
 
 
 class RunFiles:
@@ -91,7 +100,7 @@ class NoDashboard:
 
     run_id = None
 
-    def start(self, folder: Path, config: dict, tags: list[str], run_id: str | None, past: list) -> None: ...
+    def start(self, folder: Path, config: dict, tags: list[str], identity: Identity, past: list) -> None: ...
 
     def add_epoch(self, metrics: dict, levels: list[dict], histograms: dict[str, Tensor]) -> None: ...
 

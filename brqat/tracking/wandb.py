@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from brqat.tracking.files import Identity
+
 log = logging.getLogger(__name__)
 
 PER_BIN_UP_TO = 4  # bits
@@ -48,21 +50,22 @@ class WandbRun:
         mode: str = "offline",
         group: str | None = None,
         name: str | None = None,
+        job_type: str | None = None,
         tags: list[str] | None = None,
     ):
         if mode not in MODES:
             raise ValueError(f"tracking.mode={mode!r} is not known. Write one of {', '.join(MODES)}.")
         if isinstance(tags, str):
             raise ValueError(f"tracking.tags={tags!r} is one text, not a list. Write tracking.tags=[{tags}].")
-        self.project, self.mode, self.group, self.name = project, mode, group, name
+        self.project, self.mode, self.group, self.name, self.job_type = project, mode, group, name, job_type
         self.tags = list(tags or [])
         self.broken = False
         self.run = None
         self.run_id: str | None = None
 
     @_never_fatal
-    def start(self, folder: Path, config: dict, tags: list[str], run_id: str | None, past: list) -> None:
-        """Opens the run. run_id: of the run that is resumed; past: what add_epoch was given before, replayed offline.
+    def start(self, folder: Path, config: dict, tags: list[str], identity: Identity, past: list) -> None:
+        """Opens the run. identity: with the id of a run that is resumed; past: what add_epoch was given before.
 
         Offline, a resumed run writes its past again, since a kill may have lost what wandb had not yet written; the
         cut-off copy moves to wandb/superseded so that a sync does not send both.
@@ -75,12 +78,13 @@ class WandbRun:
                 shutil.move(partial, folder / "wandb" / "superseded" / partial.name)
         self.run = wandb.init(
             project=self.project,
-            group=self.group,
-            name=self.name,
+            group=self.group or identity.group,
+            name=identity.name or self.name,
+            job_type=identity.job_type or self.job_type,
             tags=[*self.tags, *tags],
             config=config,
             dir=folder,
-            id=run_id or secrets.token_hex(4),
+            id=identity.run_id or secrets.token_hex(4),
             mode=self.mode,
             resume="allow",
             reinit="finish_previous",  # several runs in one process are several runs, not one that grows

@@ -1,0 +1,190 @@
+"""A study on a terminal: a table that follows it, and a line for each trial that ends."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+
+import rich
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from brqat.study.ledger import Ledger, run_of
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 2.0
+LATEST = 6  # trials that the table shows
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a study stands."""
+
+    name: str
+    n_trials: int  # that it is to have
+    completed: int
+    pruned: int
+    failed: int
+    running: int
+    waiting: int
+    best: FrozenTrial | None  # None under several objectives
+    front: int  # settings that no other dominates, under several objectives
+    seconds_left: float | None
+
+    @property
+    def ended(self) -> int:
+        return self.completed + self.pruned + self.failed
+
+    def in_words(self) -> str:
+        parts = [f"{self.ended} of {self.n_trials} trials ended"]
+        parts += [
+            f"{count} {word}"
+            for count, word in (
+                (self.running, "running"),
+                (self.waiting, "waiting"),
+                (self.pruned, "pruned"),
+                (self.failed, "failed"),
+            )
+            if count
+        ]
+        if self.best is not None:
+            parts.append(f"best {self.best.value:.4f} (trial {self.best.number})")
+        elif self.front:
+            parts.append(f"{self.front} on the Pareto front")
+        if self.seconds_left:
+            parts.append(f"about {duration(self.seconds_left)} left")
+        return ", ".join(parts)
+
+
+def standing(ledger: Ledger) -> Standing:
+    trials = ledger.trials()
+    count = {state: sum(trial.state == state for trial in trials) for state in TrialState}
+    n_trials = max(ledger.rules.n_trials, len(trials)) if ledger.rules else len(trials)
+    spent = [_seconds(trial) for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    left = n_trials - sum(trial.state.is_finished() for trial in trials)
+    seconds_left = None
+    if spent and left:
+        seconds_left = left * sum(spent) / len(spent) / max(count[TrialState.RUNNING], 1)
+    several = len(ledger.study.directions) > 1
+    ranked = best_first(ledger)
+    return Standing(
+        name=ledger.name,
+        n_trials=n_trials,
+        completed=count[TrialState.COMPLETE],
+        pruned=count[TrialState.PRUNED],
+        failed=count[TrialState.FAIL],
+        running=count[TrialState.RUNNING],
+        waiting=count[TrialState.WAITING],
+        best=ranked[0] if ranked and not several else None,
+        front=len(ranked) if several else 0,
+        seconds_left=seconds_left,
+    )
+
+
+def best_first(ledger: Ledger) -> list[FrozenTrial]:
+    """Completed trials within their constraints, best first; under several objectives the Pareto front.
+
+    Runs that diverged are not among them: their figure stands for the worst and was not measured.
+    """
+    good = [
+        trial
+        for trial in ledger.trials()
+        if trial.state == TrialState.COMPLETE
+        and run_of(trial).get("status") == "completed"
+        and all(value <= 0 for value in trial.constraints.values())
+    ]
+    signs = [-1 if direction == StudyDirection.MAXIMIZE else 1 for direction in ledger.study.directions]
+
+    def cost(trial: FrozenTrial) -> tuple[float, ...]:
+        return tuple(sign * value for sign, value in zip(signs, trial.values, strict=True))
+
+    if len(signs) > 1:
+        good = [one for one in good if not any(_dominates(cost(other), cost(one)) for other in good)]
+    return sorted(good, key=lambda trial: (cost(trial), trial.number))
+
+
+def trial_line(trial: FrozenTrial, ledger: Ledger) -> str:
+    """What became of a trial, and where the study stands."""
+    run = run_of(trial)
+    shown = " ".join(f"{key}={_short(value)}" for key, value in (trial.user_attrs.get("setting") or {}).items())
+    values = "" if trial.values is None else "  " + ", ".join(f"{value:.6g}" for value in trial.values)
+    line = f"trial {trial.number} {run.get('status', trial.state.name.lower())}{values}  {shown}"
+    if "error" in run:
+        line += f"  ({run['error'].splitlines()[0]})"
+    return f"{line}\n{standing(ledger).in_words()}"
+
+
+def table(ledger: Ledger) -> Group:
+    """The study in a table: its standing, then running and latest trials."""
+    where = standing(ledger)
+    rows = Table(box=None, pad_edge=False)
+    for head in ("trial", "state", "value", "epochs", "seconds", "host", "setting"):
+        rows.add_column(head, justify="right" if head in ("trial", "value", "epochs", "seconds") else "left")
+    trials = ledger.trials()
+    running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+    ended = sorted((t for t in trials if t.state.is_finished()), key=lambda t: t.datetime_complete)[-LATEST:]
+    for trial in [*ended, *running]:
+        run, best = run_of(trial), where.best is not None and trial.number == where.best.number
+        seen = max(trial.intermediate_values, default=None)
+        value = trial.intermediate_values.get(seen) if trial.values is None else trial.values
+        rows.add_row(
+            str(trial.number),
+            "running" if trial.state == TrialState.RUNNING else run.get("status", trial.state.name.lower()),
+            "" if value is None else ", ".join(f"{v:.4g}" for v in (value if isinstance(value, list) else [value])),
+            str(run.get("last_epoch", "")),
+            f"{_seconds(trial):.0f}",
+            (trial.user_attrs.get("lease") or {}).get("host", "").split("/")[0],
+            " ".join(f"{key}={_short(value)}" for key, value in (trial.user_attrs.get("setting") or {}).items()),
+            style="bold" if best else "dim" if trial.state.is_finished() else "",
+        )
+    return Group(Text(f"study {where.name}: {where.in_words()}"), rows)
+
+
+@contextmanager
+def board(ledger: Ledger) -> Iterator[None]:
+    """Inside, the table stands at the foot of the terminal. Elsewhere than on a terminal: nothing, the log has lines."""
+    if not sys.stdout.isatty():
+        yield
+        return
+    looked, shown = -LOOK_EVERY_S, Text("")
+
+    def render() -> Group | Text:
+        nonlocal looked, shown
+        if time.monotonic() - looked > LOOK_EVERY_S:
+            try:
+                shown = table(ledger)
+            except Exception as error:  # a database that restarts must not take the training down with it
+                shown = Text(f"the study cannot be read: {error}")
+            looked = time.monotonic()
+        return shown
+
+    with Live(get_renderable=render, console=rich.get_console(), refresh_per_second=2, transient=True):
+        yield
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes > 1 else f"{60 * minutes + seconds} s"
+
+
+def _seconds(trial: FrozenTrial) -> float:
+    if trial.datetime_start is None:
+        return 0.0
+    return ((trial.datetime_complete or datetime.now()) - trial.datetime_start).total_seconds()
+
+
+def _dominates(left: tuple[float, ...], right: tuple[float, ...]) -> bool:
+    return left != right and all(a <= b for a, b in zip(left, right, strict=True))
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,141 @@
+"""What a study leaves in its folder, rewritten whole by whichever worker ends.
+
+optimization_results.yaml   the best setting, or the Pareto front, as hydra-optuna-sweeper writes it and a little more
+trials.csv                  a row per trial
+experiment/NAME.yaml        the best setting as an experiment, to run again
+"""
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from optuna.trial import FrozenTrial
+
+from brqat.files import write_whole
+from brqat.study.board import best_first, standing
+from brqat.study.ledger import Ledger, run_of
+from brqat.study.trial import FIGURES
+
+GROUPS = ("quantizer", "regularizer", "alpha_policy", "dataset", "model", "optimizer", "tracking")
+
+
+def write(ledger: Ledger, folder: Path, config: DictConfig | None = None) -> None:
+    """All three. The caller holds the study's lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _text(folder / "optimization_results.yaml", OmegaConf.to_yaml(OmegaConf.create(summary(ledger))))
+    _text(folder / "trials.csv", trials_csv(ledger))
+    ranked = best_first(ledger)
+    for place, trial in enumerate(ranked[:1], start=1):
+        write_experiment(ledger, folder, trial, place)
+
+
+def summary(ledger: Ledger) -> dict[str, Any]:
+    """The best setting and what it reached; null where no trial has completed."""
+    where, ranked = standing(ledger), best_first(ledger)
+    found: dict[str, Any] = {
+        "name": "optuna",
+        "study_name": ledger.name,
+        "trials": {
+            "n_trials": where.n_trials,
+            "completed": where.completed,
+            "pruned": where.pruned,
+            "failed": where.failed,
+            "unfinished": where.n_trials - where.ended,
+        },
+    }
+    if len(ledger.study.directions) > 1:
+        return found | {
+            "solutions": [{"params": t.user_attrs["setting"], "values": t.values, "trial": t.number} for t in ranked]
+        }
+    best = ranked[0] if ranked else None
+    return found | {
+        "best_params": best and best.user_attrs["setting"],
+        "best_value": best and best.value,
+        "best_trial": best and best.number,
+    }
+
+
+def trials_csv(ledger: Ledger) -> str:
+    """A row per trial: its setting, what became of it, and where."""
+    trials = ledger.trials()
+    searched = list(dict.fromkeys(key for trial in trials for key in trial.user_attrs.get("setting") or {}))
+    objectives = [f"value_{index}" for index in range(len(ledger.study.directions))]
+    objectives = ["value"] if len(objectives) == 1 else objectives
+    figures = [key for key in FIGURES if key != "status"]
+    head = ["number", "state", "status", *objectives, *searched, "control", "retries", "host", "folder"]
+    out = io.StringIO()
+    rows = csv.DictWriter(out, [*head, "started", "ended", *figures], restval="", lineterminator="\n")
+    rows.writeheader()
+    for trial in trials:
+        run, lease = run_of(trial), trial.user_attrs.get("lease") or {}
+        rows.writerow(
+            {
+                "number": trial.number,
+                "state": trial.state.name,
+                "status": run.get("status", ""),
+                **dict(zip(objectives, trial.values or [], strict=False)),
+                **(trial.user_attrs.get("setting") or {}),
+                "control": bool(trial.user_attrs.get("control")),
+                "retries": lease.get("retries", 0),
+                "host": lease.get("host", "").split("/")[0],
+                "folder": run.get("folder", ""),
+                "started": trial.datetime_start or "",
+                "ended": trial.datetime_complete or "",
+                **{key: run.get(key, "") for key in figures},
+            }
+        )
+    return out.getvalue()
+
+
+def write_experiment(ledger: Ledger, folder: Path, trial: FrozenTrial, place: int) -> str:
+    """The configuration of a trial as FOLDER/experiment/NAME.yaml; returns NAME."""
+    name = f"{ledger.name}_best" if place == 1 else f"{ledger.name}_best_{place}"
+    there = Path(run_of(trial)["folder"]) / ".hydra"
+    config = OmegaConf.load(there / "config.yaml")
+    choices = OmegaConf.load(there / "hydra.yaml").hydra.runtime.choices
+    for key in ("trial", "resume", "tracking", "cache_dir"):
+        config.pop(key, None)
+    file = folder / "experiment" / f"{name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    run = run_of(trial)
+    setting = " ".join(f"{key}={value}" for key, value in trial.user_attrs["setting"].items())
+    head = [
+        "# @package _global_",
+        f"# Trial {trial.number} of study {ledger.name}: {setting}",
+        f"#   {command(folder, name)}",
+        f"# {_figures(run)}: {run['folder']}",
+        "defaults:",
+        *(f"  - override /{group}: {choices[group]}" for group in GROUPS if group in config),
+    ]
+    _text(file, "\n".join(head) + "\n" + OmegaConf.to_yaml(config))
+    return name
+
+
+def command(folder: Path, name: str) -> str:
+    """What runs an experiment of the study again."""
+    return f"brqat +experiment={name} 'hydra.searchpath=[file://{folder}]'"
+
+
+def verdict(ledger: Ledger, folder: Path) -> str:
+    """The study's end in words."""
+    lines = [f"study {ledger.name}: {standing(ledger).in_words()}"]
+    ranked = best_first(ledger)
+    if ranked:
+        best = ranked[0]
+        setting = " ".join(f"{key}={value}" for key, value in best.user_attrs["setting"].items())
+        lines += [f"best setting (trial {best.number}): {setting}", f"  again: {command(folder, f'{ledger.name}_best')}"]
+        lines += [f"  more seeds: brqat-study confirm {folder}"]
+    return "\n".join([*lines, f"trials.csv and optimization_results.yaml are in {folder}"])
+
+
+def _figures(run: Mapping) -> str:
+    accuracies = {"test": run.get("test_acc"), "validation": run.get("val_acc"), "float": run.get("float_test_acc")}
+    said = [f"{name} {100 * value:.2f} %" for name, value in accuracies.items() if value is not None]
+    return f"Accuracy {', '.join(said)} (n=1), {run.get('seconds', 0):.0f} s"
+
+
+def _text(file: Path, text: str) -> None:
+    write_whole(file, lambda out: out.write(text.encode()))

@@ -1,0 +1,180 @@
+"""The job's side of a trial: claims its row, gives signs of life, reports epochs, and tells what became of it.
+
+The job tells, not the controller that launched it: a batch job goes on after its controller was killed.
+"""
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from optuna.pruners import BasePruner, NopPruner
+from optuna.samplers import BaseSampler
+from optuna.trial import TrialState
+
+from brqat.files import config_dir
+from brqat.study.ledger import Ledger, NotOurs, Rules
+from brqat.study.storage import is_full, open_storage
+from brqat.tracking.files import Identity
+
+log = logging.getLogger(__name__)
+
+SAMPLERS = ("optuna.samplers.*", "hydra_plugins.hydra_optuna_sweeper.*", "brqat.*")
+# What of a run's summary stands in its row.
+FIGURES = (
+    "status", "error", "val_acc", "val_loss", "test_acc", "float_test_acc", "best_epoch", "last_epoch", "seconds",
+    "weight_bits", "act_bits", "weight_bytes", "bops", "seed", "device", "config_hash", "wandb_run_id",
+)  # fmt: skip
+NOT_MET = 1e18  # of a constraint on a figure that the run did not come to
+
+
+@dataclass
+class Trial:
+    """A row of a study while this process runs it."""
+
+    ledger: Ledger
+    number: int
+    token: str
+    uid: str  # of the study
+    prunes: bool
+
+    @property
+    def study_name(self) -> str:
+        return self.ledger.name
+
+    @property
+    def identity(self) -> Identity:
+        """How a dashboard knows the run."""
+        name = f"{self.study_name}-{self.number}"
+        return Identity(run_id=f"{self.uid}-{self.number}", name=name, group=self.study_name, job_type="trial")
+
+    def hopeless(self, step: int, value: float) -> bool:
+        """Whether the pruner gives the trial up, having seen the value at this step. Raises NotOurs."""
+        return self.prunes and self.ledger.report(self.number, self.token, step, value)
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """A sign of life every heartbeat_s, from a thread."""
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(self.ledger.rules.heartbeat_s):
+                try:
+                    self.ledger.beat(self.number, self.token)
+                except NotOurs:
+                    return  # hopeless() and tell() find out for themselves
+                except Exception as error:  # a database that restarts
+                    log.warning("trial %d: no sign of life could be given (%s)", self.number, error)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def run_trial(run: Callable[[Trial], dict], node: DictConfig, sweeper: DictConfig, folder: Path) -> Any:
+    """Runs a row of the study; returns the objective, or None if the row went to another worker.
+
+    run: from the trial to what summary.json holds. node: {number, lease}, which the sweeper adds to the config.
+    """
+    ledger = open_ledger(sweeper, folder.parent)
+    trial = Trial(ledger, node.number, node.lease, ledger.attrs["uid"], not isinstance(ledger.study.pruner, NopPruner))
+    try:
+        with ledger.claimed(trial.number, trial.token, folder), trial.beating():
+            try:
+                summary = run(trial)
+            except NotOurs:
+                raise
+            except (SystemExit, KeyboardInterrupt):
+                ledger.requeue(trial.number, trial.token, "interrupted", counts=False)
+                raise
+            except Exception as error:
+                if is_full(error):
+                    with suppress(Exception):  # the study's file may lie on the same disk; its silence tells then
+                        ledger.requeue(trial.number, trial.token, f"{error}", counts=False)
+                    raise
+                failed = {"status": "failed", "error": f"{type(error).__name__}: {error}", "folder": str(folder)}
+                _tell(trial, sweeper, failed, TrialState.FAIL, None)
+                raise
+            objective = summary["objective"]
+            values = [float(value) for value in (objective if isinstance(objective, (list, tuple)) else [objective])]
+            told = {key: summary.get(key) for key in FIGURES} | {"folder": str(folder)}
+            if summary["status"] == "pruned":
+                _tell(trial, sweeper, told, TrialState.PRUNED, None)
+            else:
+                _tell(trial, sweeper, told, TrialState.COMPLETE, values)
+            return objective
+    except NotOurs as reason:
+        log.warning("%s: nothing is left to do here", reason)
+        return None
+
+
+def _tell(trial: Trial, sweeper: DictConfig, run: dict, state: TrialState, values: list[float] | None) -> None:
+    run = {key: value for key, value in run.items() if value is not None}
+    constraints = constraint_values(sweeper.get("constraints"), run) if state == TrialState.COMPLETE else {}
+    sampler = sampler_of(sweeper.sampler, trial.number)
+    trial.ledger.tell(trial.number, trial.token, run, state, values, constraints, sampler)
+
+
+def open_ledger(sweeper: DictConfig, folder: Path) -> Ledger:
+    """The study that hydra.sweeper names; folder: the sweep's."""
+    rules = Rules(
+        sweeper.n_trials, sweeper.heartbeat_s, sweeper.max_retry, sweeper.max_failures, sweeper.max_failure_rate
+    )
+    return Ledger(open_storage(sweeper.storage, folder), sweeper.study_name, rules, pruner_of(sweeper.pruner))
+
+
+def pruner_of(node: DictConfig | str) -> BasePruner:
+    """From hydra/sweeper/pruner=NAME, or from hydra.sweeper.pruner=NAME."""
+    if isinstance(node, str):
+        folder = Path(config_dir()) / "hydra/sweeper/pruner"
+        file = folder / f"{node}.yaml"
+        if not file.is_file():
+            known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+            raise ValueError(f"hydra.sweeper.pruner={node} is not known. Write one of {known}.")
+        node = OmegaConf.load(file)
+    return instantiate(node, _execution_whitelist_=["optuna.pruners.*"])
+
+
+def sampler_of(node: DictConfig, number: int) -> BaseSampler:
+    """The sampler for the row of a number.
+
+    Its seed is that of the config plus the number: workers differ and a repeat of a row does not. Quasi-random
+    sequences keep theirs, since their order is what they are about.
+    """
+    arguments = {}
+    if node.get("seed") is not None and not node._target_.endswith("QMCSampler"):
+        arguments["seed"] = node.seed + number
+    if node._target_.endswith("GridSampler"):  # all its settings are rows from the start
+        return optuna.samplers.RandomSampler()
+    return instantiate(node, _execution_whitelist_=SAMPLERS, **arguments)
+
+
+def constraint_values(constraints: Mapping | None, figures: Mapping) -> dict[str, float]:
+    """How far each figure lies beyond its bound, as Optuna counts: 0 or less is within.
+
+    constraints: {figure: {max: bound} or {min: bound}}. Raises ValueError.
+    """
+    found = {}
+    for figure, bounds in (constraints or {}).items():
+        if not isinstance(bounds, (Mapping, DictConfig)) or not bounds or not bounds.keys() <= {"min", "max"}:
+            raise ValueError(f"hydra.sweeper.constraints.{figure}={bounds} has no bound. Write {{max: 20000}}.")
+        if figure not in FIGURES:
+            raise ValueError(f"hydra.sweeper.constraints.{figure}: no figure of a run. Known: {', '.join(FIGURES)}.")
+        for side, bound in bounds.items():
+            value = figures.get(figure)
+            if value is None or not math.isfinite(value):
+                found[f"{figure} {side}"] = NOT_MET
+            else:
+                found[f"{figure} {side}"] = value - bound if side == "max" else bound - value
+    return found

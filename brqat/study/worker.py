@@ -1,0 +1,318 @@
+"""One worker of a study: opens it, asks for a trial, launches it, sees what became of it, until nothing is left."""
+
+import functools
+import itertools
+import json
+import logging
+import secrets
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+
+import optuna
+from hydra.core.utils import JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl, create_params_from_overrides
+from omegaconf import DictConfig, OmegaConf
+from optuna.pruners import NopPruner
+from optuna.trial import TrialState
+
+from brqat.provenance import source_hash
+from brqat.settings import OBJECTIVES
+from brqat.study import results
+from brqat.study.board import board, trial_line
+from brqat.study.ledger import Asked, Ledger, Space
+from brqat.study.space import controls_of, description, difference, overrides_of
+from brqat.study.storage import Storage, is_full, open_storage
+from brqat.study.trial import SAMPLERS, constraint_values, open_ledger, sampler_of
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 2.0  # at other workers' trials, while there is nothing to run
+# What of the composed config two workers of a study may differ in.
+MAY_DIFFER = ("tracking", "resume", "cache_dir", "dataset.cache_dir", "dataset.workers", "dataset.root", "trial")
+
+
+class Worker:
+    """What `brqat -m hydra/sweeper=study ...` does. Raises ValueError before anything is trained."""
+
+    def __init__(self, config: DictConfig, config_loader, launcher: Launcher):
+        self.config, self.config_loader, self.launcher = config, config_loader, launcher
+        self.sweeper = config.hydra.sweeper
+        self.folder = Path(config.hydra.sweep.dir).absolute()
+        # Submitit's launcher composes nothing here, so that one thread per job may wait: others run as a batch.
+        self.threaded = "submitit" in config.hydra.launcher._target_
+        self.local = "basic" in config.hydra.launcher._target_
+        self.began = datetime.now()
+        self.said: set[int] = set()  # numbers of the trials whose end has been told
+
+    def work(self, arguments: list[str]) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        n_jobs = self.sweeper.n_jobs
+        if isinstance(n_jobs, bool) or not isinstance(n_jobs, int) or n_jobs < 1:
+            raise ValueError(f"hydra.sweeper.n_jobs={n_jobs!r} cannot be: write a whole number, 1 or more.")
+        self.space, self.fixed = self._read(arguments)
+        self.ledger = self._open()
+        self.said = {trial.number for trial in self.ledger.trials() if trial.state.is_finished()}
+        log.info("study %s in %s", self.ledger.name, self.ledger.storage.where)
+        with _sigterm_ends(), board(self.ledger):
+            try:
+                if self.threaded and n_jobs > 1:
+                    self._in_threads(n_jobs)
+                else:
+                    self._loop(n_jobs)
+            finally:
+                self._say_ended()
+                with self.ledger.storage.exclusive():
+                    results.write(self.ledger, self.folder, self.config)
+        log.info("%s", results.verdict(self.ledger, self.folder))
+
+    # ---- before the first trial
+
+    def _read(self, arguments: list[str]) -> tuple[Space, list[str]]:
+        """The space, and the overrides that all trials share."""
+        params = [f"{key}={value}" for key, value in (self.sweeper.params or {}).items()]
+        distributions, fixed, deletions = create_params_from_overrides(params + arguments)
+        distributions = {name: d for name, d in distributions.items() if name not in fixed}
+        overrides = [*(f"{name}={value}" for name, value in fixed.items()), *deletions]
+        extend = None
+        if self.sweeper.custom_search_space:
+            upstream = OptunaSweeperImpl(None, None, None, None, 1, 1, 1.0, self.sweeper.custom_search_space, None)
+            extend = functools.partial(upstream.custom_search_space_extender, self.config)
+        elif not distributions:
+            raise ValueError(
+                "hydra/sweeper=study has nothing to search. Choose sweep=lambda_bits, or give ranges such as "
+                "'regularizer.lambda_br=tag(log,interval(0.1,100))'."
+            )
+        grid = None
+        if self.sweeper.sampler._target_.endswith("GridSampler"):
+            names = list(distributions)
+            values = [OptunaSweeperImpl._to_grid_sampler_choices(distributions[name]) for name in names]
+            grid = [dict(zip(names, row, strict=True)) for row in itertools.product(*values)]
+        controls = controls_of(self.sweeper.control, distributions, set(fixed))
+        return Space(distributions, controls, grid, extend), overrides
+
+    def _open(self) -> Ledger:
+        """Creates the study, or makes sure that it is the one this command means."""
+        base = self.config_loader.load_sweep_config(self.config, self.fixed)
+        objective = self._objective(base)
+        constraint_values(self.sweeper.constraints, {})
+        plain = OmegaConf.to_container(OmegaConf.masked_copy(base, [key for key in base if key != "hydra"]), resolve=True)
+        for key in MAY_DIFFER:
+            *groups, last = key.split(".")
+            functools.reduce(lambda node, group: node.get(group) or {}, groups, plain).pop(last, None)
+        here = description(self.space.distributions, self.space.controls, objective, plain)
+        storage = open_storage(self.sweeper.storage, self.folder)
+        with storage.exclusive():
+            self._create_or_check(storage, here, list(objective.values()))
+            ledger = open_ledger(self.sweeper, self.folder)
+            if not isinstance(ledger.study.pruner, NopPruner) and len(objective) > 1:
+                raise ValueError(
+                    f"{type(ledger.study.pruner).__name__} cannot weigh {len(objective)} objectives: "
+                    "write hydra/sweeper/pruner=none."
+                )
+            sampler_of(self.sweeper.sampler, 0)
+            ledger.enqueue(self.space.controls, control=True)
+            ledger.enqueue(self.space.grid or [])
+        return ledger
+
+    def _objective(self, base: DictConfig) -> dict[str, str]:
+        """Name -> direction. hydra.sweeper.direction may be left out; if given, it must be what the objective means."""
+        names = base.objective
+        names = [names] if isinstance(names, str) else list(names)
+        for name in names:
+            if name not in OBJECTIVES:
+                raise ValueError(f"objective={name!r} is not known. Write one of {', '.join(OBJECTIVES)}.")
+        meant = {name: OBJECTIVES[name].direction for name in names}
+        given = self.sweeper.direction
+        if given is not None:
+            given = [given] if not OmegaConf.is_list(given) else list(given)
+            given = [getattr(direction, "name", direction) for direction in given]
+            if given != list(meant.values()):
+                raise ValueError(
+                    f"hydra.sweeper.direction={given} contradicts objective={names}, which asks for "
+                    f"{list(meant.values())}. Leave hydra.sweeper.direction out."
+                )
+        return meant
+
+    def _create_or_check(self, storage: Storage, here: dict[str, str], directions: list[str]) -> None:
+        name = self.sweeper.study_name
+        names = [study.study_name for study in storage.optuna.get_all_studies()]
+        if name not in names:
+            left = sorted(path.parent.name for path in self.folder.glob("*/summary.json") if path.parent.name.isdigit())
+            if left:
+                raise ValueError(
+                    f"{self.folder} holds runs ({', '.join(left[:5])}{', ...' if len(left) > 5 else ''}) but "
+                    f"{storage.where} has no study {name}: new trials would mix with them. Move the folder away, give "
+                    "the storage that belongs to it, or another hydra.sweeper.study_name."
+                )
+        study = optuna.create_study(
+            study_name=name,
+            storage=storage.optuna,
+            directions=directions if name not in names else None,
+            load_if_exists=True,
+        )
+        attrs = study.user_attrs
+        if "uid" not in attrs:
+            study.set_user_attr("uid", secrets.token_hex(4))
+            study.set_user_attr("code", source_hash())
+        if "description" not in attrs:
+            study.set_user_attr("description", here)
+            return
+        lines = difference(attrs["description"], here)
+        if lines and not self.sweeper.force:
+            raise ValueError(
+                f"study {name} in {storage.where} was begun with other settings, and its trials would not compare with "
+                "this command's. From the study's (-) to this command's (+):\n" + "\n".join(lines) + "\n"
+                "Give the settings it began with, another hydra.sweeper.study_name, or hydra.sweeper.force=true to mix."
+            )
+        if lines:
+            log.warning("hydra.sweeper.force=true: trials from here on differ from those before in\n%s", "\n".join(lines))
+            study.set_user_attr("forced", [*attrs.get("forced", []), lines])
+            study.set_user_attr("description", here)
+        if attrs.get("code") != source_hash():
+            log.warning("this study began with another version of brqat's code; its later trials may differ for that")
+
+    # ---- trials
+
+    def _loop(self, size: int) -> None:
+        """Runs trials, `size` at once, until none is left; waits for those of other workers, in case one dies."""
+        waiting = False
+        while True:
+            batch = self._ask(size)
+            if batch:
+                waiting = False
+                self._launch(batch)
+                self._stop_if_failing()
+            elif running := self._running():
+                if not waiting:
+                    log.info("waiting for trial %s of other workers, in case one dies", ", ".join(map(str, running)))
+                waiting = True
+                time.sleep(min(LOOK_EVERY_S, self.sweeper.heartbeat_s))
+                self._say_ended()
+            else:
+                return
+
+    def _in_threads(self, count: int) -> None:
+        """A thread per job, so that a short trial is followed at once by the next."""
+        ends: list[BaseException | None] = []
+
+        def loop() -> None:
+            try:
+                self._loop(1)
+                ends.append(None)
+            except BaseException as error:
+                ends.append(error)
+
+        threads = [threading.Thread(target=loop, daemon=True) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        while len(ends) < count and not any(ends):
+            time.sleep(0.2)  # Ctrl-C comes through here: jobs in the queue go on and tell the study themselves
+        for error in filter(None, ends):
+            raise error
+
+    def _ask(self, size: int) -> list[Asked]:
+        batch: list[Asked] = []
+        sampler = functools.partial(sampler_of, self.sweeper.sampler)
+        while len(batch) < size and (asked := self.ledger.next_trial(self.space, sampler)):
+            batch.append(asked)
+        return batch
+
+    def _launch(self, batch: list[Asked]) -> None:
+        errors: list[BaseException] = []
+        with self._beating(batch):
+            try:
+                returns = self.launcher.launch([self._overrides(asked) for asked in batch], batch[0].number)
+                errors = [job._return_value for job in returns if job.status == JobStatus.FAILED]
+            except Exception as error:  # a job that never came back: killed, cancelled, its machine gone
+                errors = [error]
+            except BaseException:
+                if self.local:
+                    for asked in batch:
+                        self.ledger.requeue(asked.number, asked.token, "interrupted", counts=False)
+                raise
+            for asked in batch:
+                reason = f"its job ended without a word ({errors[0]})" if errors else "its job ended without a word"
+                self.ledger.requeue(asked.number, asked.token, reason, counts=not any(map(is_full, errors)))
+        self._say_ended()
+        for error in errors:
+            if is_full(error):
+                log.error("the disk is full (%s). Nothing is lost: make room and give the same command again.", error)
+                raise SystemExit(1)
+
+    def _overrides(self, asked: Asked) -> list[str]:
+        return [
+            *self.fixed,
+            *overrides_of(asked.setting),
+            f"+trial.number={asked.number}",
+            f"+trial.lease='{asked.token}'",
+            "resume=true",
+            f"hydra.sweep.dir={json.dumps(str(self.folder))}",
+            f"hydra.sweep.subdir={asked.number}",
+        ]
+
+    @contextmanager
+    def _beating(self, batch: list[Asked]) -> Iterator[None]:
+        """Signs of life for jobs that wait in a queue; a job that has started gives its own."""
+        if self.local:
+            yield
+            return
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(self.sweeper.heartbeat_s):
+                for asked in batch:
+                    with suppress(Exception):
+                        if not self.ledger.row(asked.number).user_attrs["lease"]["started"]:
+                            self.ledger.beat(asked.number, asked.token)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+
+    # ---- what became of them
+
+    def _running(self) -> list[int]:
+        return [trial.number for trial in self.ledger.trials() if trial.state == TrialState.RUNNING]
+
+    def _say_ended(self) -> None:
+        """A line for each trial that has ended since the last look, whoever ran it."""
+        trials = self.ledger.trials()
+        for trial in trials:
+            if trial.state.is_finished() and trial.number not in self.said:
+                self.said.add(trial.number)
+                log.info("%s", trial_line(trial, self.ledger))
+
+    def _stop_if_failing(self) -> None:
+        reason = self.ledger.failure(self.began)
+        if reason:
+            log.error("the study stops: %s", reason)
+            raise SystemExit(1)
+
+
+@contextmanager
+def _sigterm_ends() -> Iterator[None]:
+    """Between trials SIGTERM ends the worker as Ctrl-C does, with its results written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number, _frame):
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
