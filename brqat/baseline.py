@@ -70,7 +70,9 @@ class FloatBaseline:
                 log.info("another run is training the float baseline: waiting for %s", self.files.folder)
                 said.append(True)
 
-        checkpoint.once(self.files.folder, self.is_trained, lambda: self._train(fit(copy.deepcopy(model)), identity), waiting)
+        checkpoint.once(
+            self.files.folder, self.is_trained, lambda: self._train(fit(copy.deepcopy(model)), identity), waiting
+        )
 
     def _train(self, fit: Fit, identity: Identity) -> None:
         log.info("training the float baseline, once: %s", self.files.folder)

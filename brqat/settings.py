@@ -5,9 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-import torch
-
-
 
 class Objective(NamedTuple):
     """What a run may be judged by."""
@@ -112,15 +109,3 @@ class Settings:
     def float_epochs(self) -> int:
         """Epochs of the float baseline: as many as the quantized network gets, unless that one gets none."""
         return self.pretrain_epochs or self.epochs or FLOAT_EPOCHS_BEFORE_PTQ
-
-    def torch_device(self) -> torch.device:
-        name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        try:
-            device = torch.device(name)
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"device={self.device} cannot be used here ({reason}). Write device=auto or cpu."
-            ) from error
-        return device

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import hydra
 import torch
@@ -27,22 +28,29 @@ from brqat.alpha_policy import AlphaPolicy
 from brqat.baseline import FloatBaseline
 from brqat.dataset.pixels import check_batch_size
 from brqat.dataset.splits import Splits
-from brqat.fit import Diverged, Fit, Recipe, fixed_batches
+from brqat.devices import claimed_device
+from brqat.files import config_dir
+from brqat.fit import Diverged, Fit, Pruned, Recipe, Score, fixed_batches, never
 from brqat.interrupt import Interrupted, StopRequest, stop_request
 from brqat.layers import LayerCost, Scheme, calibrate, quantize, sites
 from brqat.levels import recording
 from brqat.provenance import content_hash, git_sha, source_hash, versions
 from brqat.regularizer.base import Regularizer
 from brqat.settings import OBJECTIVES, Settings
-from brqat.tracking.files import NoDashboard, RunFiles
+from brqat.tracking.files import Identity, NoDashboard, RunFiles
+
+if TYPE_CHECKING:
+    from brqat.study.trial import Trial
 
 log = logging.getLogger(__name__)
 
 # What a config may instantiate: our own rooms, torchvision's models and torch's optimizers.
 TARGETS = ["brqat.*", "torch.optim.*", "torchvision.models.*"]
-GROUPS = ("quantizer", "regularizer", "alpha_policy", "dataset", "model", "optimizer", "tracking")
+GROUPS = ("quantizer", "regularizer", "alpha_policy", "dataset", "model", "optimizer", "tracking", "trial")
 # Settings that say where a run lives and is shown, not what it computes.
-NOT_HASHED = ("tracking", "resume", "cache_dir", "dataset.cache_dir", "dataset.workers")
+NOT_HASHED = ("tracking", "trial", "resume", "cache_dir", "dataset.cache_dir", "dataset.workers")
+# What a run of a study does not do again: a pruned one goes on only under a command of its own.
+ENDED = ("completed", "pruned", "diverged")
 
 # What summary.json holds whatever becomes of a run; null for what the run did not come to.
 SUMMARY_KEYS = (
@@ -53,14 +61,21 @@ SUMMARY_KEYS = (
 
 
 @hydra.main(config_path=config_dir(), config_name="train")
-def main(cfg: DictConfig) -> float:
+def main(cfg: DictConfig) -> Any:
     """One run, in Hydra's output folder. Returns the objective, finite whatever happened to the run.
+
+    Under hydra/sweeper=study the run is a trial: its row in the study learns what becomes of it.
 
     A setting that cannot work is said in a sentence, without the traceback, unless a sweeper is there to be told.
     """
     hydra_cfg = HydraConfig.get()
+    folder = Path(hydra_cfg.runtime.output_dir)
     try:
-        return run(cfg, Path(hydra_cfg.runtime.output_dir))["objective"]
+        if cfg.get("trial") is None:
+            return run(cfg, folder)["objective"]
+        from brqat.study.trial import run_trial  # here, since a single run has no use for Optuna
+
+        return run_trial(partial(run, cfg, folder), cfg.trial, hydra_cfg.sweeper, folder)
     except ValueError as error:
         if hydra_cfg.mode != RunMode.RUN or "HYDRA_FULL_ERROR" in os.environ:
             raise
@@ -68,10 +83,10 @@ def main(cfg: DictConfig) -> float:
         raise SystemExit(2) from None
 
 
-def run(cfg: DictConfig, folder: Path) -> dict:
+def run(cfg: DictConfig, folder: Path, trial: "Trial | None" = None) -> dict:
     """A whole run in its folder; returns what summary.json holds.
 
-    A run that diverges leaves that as its status. One told to stop by SIGINT or SIGTERM ends in SystemExit after its
+    A run that diverges or is pruned leaves that as its status. One told to stop by SIGINT or SIGTERM ends in SystemExit after its
     summary is written; any other error is written into the summary and raised.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,21 +94,23 @@ def run(cfg: DictConfig, folder: Path) -> dict:
     with _only_process_in(folder), stop_request() as stop:
         before = files.read_summary() or {}
         _refuse_another_run(cfg, files, before)
-        if before.get("status") == "completed":
-            log.info("this run is complete already: %s", files.summary)
+        if before.get("status") in (ENDED if trial else ENDED[:1]):
+            log.info("this run has ended already: %s", files.summary)
             return before
         summary = dict.fromkeys(SUMMARY_KEYS) | {
             "status": "failed",
-            "objective": OBJECTIVES.get(cfg.get("objective"), 0.0),
+            "objective": _worst(cfg.get("objective")),
             "seed": cfg.get("seed"),
             "config_hash": config_hash(cfg),
             "git_sha": git_sha(),
             "versions": versions(),
+            "study_name": trial and trial.study_name,
+            "trial_number": trial and trial.number,
         }
         dashboard = NoDashboard()
         try:
             dashboard = _make(cfg.tracking, "tracking")
-            summary |= _run(cfg, files, dashboard, stop)
+            summary |= _run(cfg, files, dashboard, stop, trial)
         except Interrupted as signal:
             summary |= {"status": "interrupted", "error": f"stopped by {signal}"}
             log.warning("stopped by %s. To go on: the same command with resume=true and this folder", signal)
@@ -102,8 +119,8 @@ def run(cfg: DictConfig, folder: Path) -> dict:
         except Diverged as error:  # of the float baseline; a run's own is met in _run, which knows more of it
             log.error("%s", error)
             summary |= {"status": "diverged", "error": str(error)}
-        except KeyboardInterrupt:
-            summary |= {"status": "interrupted", "error": "stopped by a second SIGINT"}
+        except (KeyboardInterrupt, SystemExit) as error:  # a second signal, or a batch system's own handler
+            summary |= {"status": "interrupted", "error": f"stopped at once by {type(error).__name__}"}
             raise
         except BaseException as error:
             summary["error"] = f"{type(error).__name__}: {error}"
@@ -116,11 +133,15 @@ def run(cfg: DictConfig, folder: Path) -> dict:
         return summary
 
 
-def _run(cfg: DictConfig, files: RunFiles, dashboard, stop: StopRequest) -> dict:
+def _run(cfg: DictConfig, files: RunFiles, dashboard, stop: StopRequest, trial: "Trial | None") -> dict:
     """The run itself; returns its part of the summary."""
     # Every group is made before anything is trained, so that whatever is impossible fails now.
     settings = Settings.of(cfg, GROUPS)
-    device = settings.torch_device()
+    with claimed_device(settings.device) as device:
+        return _run_on(device, cfg, settings, files, dashboard, stop, trial)
+
+
+def _run_on(device: torch.device, cfg: DictConfig, settings: Settings, files: RunFiles, dashboard, stop, trial) -> dict:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     scheme: Scheme = _make(cfg.quantizer, "quantizer")
@@ -160,7 +181,15 @@ def _run(cfg: DictConfig, files: RunFiles, dashboard, stop: StopRequest) -> dict
             quantized(copy.deepcopy(model))
         if not trained:
             float_recipe = recipe.for_epochs(settings.float_epochs)
-            baseline.train(model, splits=splits, recipe=float_recipe, make_optimizer=make_optimizer, stop=stop)
+            baseline.train(
+                model,
+                splits=splits,
+                recipe=float_recipe,
+                make_optimizer=make_optimizer,
+                stop=stop,
+                dashboard=_make(cfg.tracking, "tracking"),
+                identity=Identity(name="float baseline", group=trial and trial.study_name, job_type="baseline"),
+            )
         float_summary = baseline.load_into(model)
         log.info("float baseline: %s", _in_a_line(float_summary))
     elif settings.pretrained not in ("auto", "none"):
@@ -168,16 +197,18 @@ def _run(cfg: DictConfig, files: RunFiles, dashboard, stop: StopRequest) -> dict
     costs = quantized(model)
 
     checkpoint.seed_everything(settings.seed)  # again: training a baseline has drawn from the generators, a cache not
+    hopeless = partial(_hopeless, trial, settings) if trial else never
     fit = Fit(
-        model, splits, recipe, make_optimizer, regularizer, policy, files, config_hash(cfg), dashboard, stop
-    )  # fmt: skip
+        model, splits, recipe, make_optimizer, regularizer, policy, files, config_hash(cfg), dashboard, stop, hopeless
+    )
     fit.kept = {f"float_{key}": float_summary.get(key) for key in ("val_acc", "test_acc")}
     fit.kept["threads"] = torch.get_num_threads()
     if fit.start_or_resume():
         log.info("resumed after epoch %d", fit.epoch)
     past = files.epochs()
     config = OmegaConf.to_container(cfg, resolve=True)
-    dashboard.start(files.folder, config, [scheme.tag], fit.kept.get("wandb_run_id"), past)
+    identity = trial.identity if trial else Identity(fit.kept.get("wandb_run_id"))
+    dashboard.start(files.folder, config, [scheme.tag], identity, past)
     fit.kept["wandb_run_id"] = dashboard.run_id
 
     facts = {
@@ -194,9 +225,15 @@ def _run(cfg: DictConfig, files: RunFiles, dashboard, stop: StopRequest) -> dict
         fit.train(scheme.tag)
     except Diverged as error:
         log.error("%s. The last whole epoch's checkpoint is kept.", error)
-        return facts | {"status": "diverged", "error": str(error)} | fit.standing()
-    standing = fit.standing()
-    return facts | {"status": "completed", "objective": standing[settings.objective]} | standing | fit.test()
+        ended = facts | {"status": "diverged", "error": str(error)} | fit.standing()
+        no_verdict = {"val_acc": None, "val_loss": None}
+        return ended | {"objective": settings.judge(facts | no_verdict)}
+    except Pruned as reason:
+        log.info("pruned %s", reason)
+        ended = facts | {"status": "pruned", "pruned": str(reason)} | fit.standing()
+        return ended | {"objective": settings.judge(ended)}
+    ended = facts | {"status": "completed"} | fit.standing()
+    return ended | {"objective": settings.judge(ended)} | fit.test()
 
 
 # ---- the parts of a run
@@ -215,6 +252,19 @@ def _recipe(settings: Settings, lr_warmup_epochs: float, device: torch.device) -
         histogram_every=settings.histogram_every,
         autocast=partial(torch.autocast, device.type, torch.bfloat16, enabled=settings.precision == "bf16"),
     )
+
+
+def _hopeless(trial: "Trial", settings: Settings, epoch: int, score: Score) -> bool:
+    """The pruner's verdict, which counts epochs from the end of warmup."""
+    value = {"val_acc": score.acc, "val_loss": score.loss}.get(settings.objectives[0])
+    return value is not None and trial.hopeless(epoch - settings.warmup_epochs, value)
+
+
+def _worst(objective: Any) -> float | list[float]:
+    """The objective of a run that came to nothing, whatever its config says."""
+    if OmegaConf.is_list(objective):
+        return [_worst(name) for name in objective]
+    return OBJECTIVES[objective].worst if objective in OBJECTIVES else 0.0
 
 
 @torch.no_grad()
@@ -352,7 +402,7 @@ def _only_process_in(folder: Path) -> Iterator[None]:
 
 def _in_a_line(summary: dict) -> str:
     if summary["status"] != "completed":
-        return f"{summary['status']}: {summary['error']}"
+        return f"{summary['status']}: {summary.get('error') or summary.get('pruned')}"
     line = "test {:.2f}%  val {:.2f}%  best epoch {}".format(
         100 * summary["test_acc"], 100 * summary["val_acc"], summary["best_epoch"]
     )

@@ -58,7 +58,11 @@ class Rules:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"hydra.sweeper.{key}={value!r} cannot be: write a whole number, {least} or more.")
-        if isinstance(self.heartbeat_s, bool) or not isinstance(self.heartbeat_s, (int, float)) or self.heartbeat_s <= 0:
+        if (
+            isinstance(self.heartbeat_s, bool)
+            or not isinstance(self.heartbeat_s, (int, float))
+            or self.heartbeat_s <= 0
+        ):
             raise ValueError(f"hydra.sweeper.heartbeat_s={self.heartbeat_s!r} cannot be: write seconds, above 0.")
 
 

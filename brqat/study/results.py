@@ -126,7 +126,10 @@ def verdict(ledger: Ledger, folder: Path) -> str:
     if ranked:
         best = ranked[0]
         setting = " ".join(f"{key}={value}" for key, value in best.user_attrs["setting"].items())
-        lines += [f"best setting (trial {best.number}): {setting}", f"  again: {command(folder, f'{ledger.name}_best')}"]
+        lines += [
+            f"best setting (trial {best.number}): {setting}",
+            f"  again: {command(folder, f'{ledger.name}_best')}",
+        ]
         lines += [f"  more seeds: brqat-study confirm {folder}"]
     return "\n".join([*lines, f"trials.csv and optimization_results.yaml are in {folder}"])
 

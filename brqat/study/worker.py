@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-
 import optuna
 from hydra.core.utils import JobStatus
 from hydra.plugins.launcher import Launcher
@@ -30,7 +29,7 @@ from brqat.study.board import board, trial_line
 from brqat.study.ledger import Asked, Ledger, Space
 from brqat.study.space import controls_of, description, difference, overrides_of
 from brqat.study.storage import Storage, is_full, open_storage
-from brqat.study.trial import SAMPLERS, constraint_values, open_ledger, sampler_of
+from brqat.study.trial import constraint_values, open_ledger, sampler_of
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +103,9 @@ class Worker:
         base = self.config_loader.load_sweep_config(self.config, self.fixed)
         objective = self._objective(base)
         constraint_values(self.sweeper.constraints, {})
-        plain = OmegaConf.to_container(OmegaConf.masked_copy(base, [key for key in base if key != "hydra"]), resolve=True)
+        plain = OmegaConf.to_container(
+            OmegaConf.masked_copy(base, [key for key in base if key != "hydra"]), resolve=True
+        )
         for key in MAY_DIFFER:
             *groups, last = key.split(".")
             functools.reduce(lambda node, group: node.get(group) or {}, groups, plain).pop(last, None)
@@ -174,7 +175,9 @@ class Worker:
                 "Give the settings it began with, another hydra.sweeper.study_name, or hydra.sweeper.force=true to mix."
             )
         if lines:
-            log.warning("hydra.sweeper.force=true: trials from here on differ from those before in\n%s", "\n".join(lines))
+            log.warning(
+                "hydra.sweeper.force=true: trials from here on differ from those before in\n%s", "\n".join(lines)
+            )
             study.set_user_attr("forced", [*attrs.get("forced", []), lines])
             study.set_user_attr("description", here)
         if attrs.get("code") != source_hash():
