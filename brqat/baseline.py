@@ -49,7 +49,7 @@ class FloatBaseline:
         dashboard: object,
         identity: Identity,
     ) -> None:
-        """Trains a copy of the model unless the cache holds it already. The dashboard's files stand in the cache too."""
+        """Trains a copy of the model unless the cache holds it already. A dashboard's files lie in the cache too."""
         fit = partial(
             Fit,
             splits=splits,

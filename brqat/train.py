@@ -86,8 +86,8 @@ def main(cfg: DictConfig) -> Any:
 def run(cfg: DictConfig, folder: Path, trial: "Trial | None" = None) -> dict:
     """A whole run in its folder; returns what summary.json holds.
 
-    A run that diverges or is pruned leaves that as its status. One told to stop by SIGINT or SIGTERM ends in SystemExit after its
-    summary is written; any other error is written into the summary and raised.
+    A run that diverges or is pruned leaves that as its status. One told to stop by SIGINT or SIGTERM ends in
+    SystemExit after its summary is written; any other error is written into the summary and raised.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = RunFiles(folder)

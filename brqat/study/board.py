@@ -150,7 +150,7 @@ def table(ledger: Ledger) -> Group:
 
 @contextmanager
 def board(ledger: Ledger) -> Iterator[None]:
-    """Inside, the table stands at the foot of the terminal. Elsewhere than on a terminal: nothing, the log has lines."""
+    """Inside, the table stands at the foot of the terminal. Elsewhere nothing does: the log has lines."""
     if not sys.stdout.isatty():
         yield
         return

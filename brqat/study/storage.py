@@ -1,4 +1,4 @@
-"""Where a study lives: an SQLite file, a journal file, or a PostgreSQL database; each with a lock that its workers share.
+"""Where a study lives: an SQLite file, a journal file or a PostgreSQL database, each with a lock for all its workers.
 
 The lock is the operating system's or the database's own, so that it falls with whoever holds it.
 """
@@ -16,7 +16,8 @@ from pathlib import Path
 import optuna
 from filelock import FileLock
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import BaseJournalFileLock, JournalFileBackend
+from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._file import BaseJournalFileLock
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
