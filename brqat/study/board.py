@@ -1,6 +1,7 @@
 """A study on a terminal: a table that follows it, and a line for each trial that ends."""
 
 import logging
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -69,10 +70,11 @@ def standing(ledger: Ledger) -> Standing:
     count = {state: sum(trial.state == state for trial in trials) for state in TrialState}
     n_trials = max(ledger.rules.n_trials, len(trials)) if ledger.rules else len(trials)
     spent = [_seconds(trial) for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    # The median: the first trial may have trained the float baseline.
     left = n_trials - sum(trial.state.is_finished() for trial in trials)
     seconds_left = None
     if spent and left:
-        seconds_left = left * sum(spent) / len(spent) / max(count[TrialState.RUNNING], 1)
+        seconds_left = left * statistics.median(spent) / max(count[TrialState.RUNNING], 1)
     several = len(ledger.study.directions) > 1
     ranked = best_first(ledger)
     return Standing(
@@ -122,15 +124,16 @@ def trial_line(trial: FrozenTrial, ledger: Ledger) -> str:
     return f"{line}\n{standing(ledger).in_words()}"
 
 
-def table(ledger: Ledger) -> Group:
-    """The study in a table: its standing, then running and latest trials."""
+def table(ledger: Ledger, latest: int | None = None) -> Group:
+    """The study in a table: its standing, the running trials, and those that ended, all or the latest."""
     where = standing(ledger)
     rows = Table(box=None, pad_edge=False)
     for head in ("trial", "state", "value", "epochs", "seconds", "host", "setting"):
         rows.add_column(head, justify="right" if head in ("trial", "value", "epochs", "seconds") else "left")
     trials = ledger.trials()
     running = [trial for trial in trials if trial.state == TrialState.RUNNING]
-    ended = sorted((t for t in trials if t.state.is_finished()), key=lambda t: t.datetime_complete)[-LATEST:]
+    ended = sorted((t for t in trials if t.state.is_finished()), key=lambda t: t.datetime_complete)
+    ended = ended[-latest:] if latest else ended
     for trial in [*ended, *running]:
         run, best = run_of(trial), where.best is not None and trial.number == where.best.number
         seen = max(trial.intermediate_values, default=None)
@@ -160,7 +163,7 @@ def board(ledger: Ledger) -> Iterator[None]:
         nonlocal looked, shown
         if time.monotonic() - looked > LOOK_EVERY_S:
             try:
-                shown = table(ledger)
+                shown = table(ledger, LATEST)
             except Exception as error:  # a database that restarts must not take the training down with it
                 shown = Text(f"the study cannot be read: {error}")
             looked = time.monotonic()

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import optuna
-import rich
+from rich.console import Console
 
 from brqat.study import results
 from brqat.study.board import best_first, standing, table
@@ -43,11 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _status(given: argparse.Namespace) -> int:
     ledger = _ledger(given)
-    if sys.stdout.isatty():
-        rich.print(table(ledger))
-    else:
-        print(f"study {ledger.name}: {standing(ledger).in_words()}")
-        print(results.trials_csv(ledger), end="")
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(table(ledger))
     return 0
 
 

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import logging
+import os
 import secrets
 import signal
 import threading
@@ -39,7 +40,7 @@ MAY_DIFFER = ("tracking", "resume", "cache_dir", "dataset.cache_dir", "dataset.w
 
 
 class Worker:
-    """What `brqat -m hydra/sweeper=study ...` does. Raises ValueError before anything is trained."""
+    """What `brqat -m hydra/sweeper=study ...` does. What cannot work is refused before anything is trained."""
 
     def __init__(self, config: DictConfig, config_loader, launcher: Launcher):
         self.config, self.config_loader, self.launcher = config, config_loader, launcher
@@ -55,10 +56,14 @@ class Worker:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         n_jobs = self.sweeper.n_jobs
-        if isinstance(n_jobs, bool) or not isinstance(n_jobs, int) or n_jobs < 1:
-            raise ValueError(f"hydra.sweeper.n_jobs={n_jobs!r} cannot be: write a whole number, 1 or more.")
-        self.space, self.fixed = self._read(arguments)
-        self.ledger = self._open()
+        try:
+            self.space, self.fixed = self._read(arguments)
+            self.ledger = self._open()
+        except ValueError as error:  # the user's: a sentence, not a traceback
+            if "HYDRA_FULL_ERROR" in os.environ:
+                raise
+            log.error("brqat: %s", error)
+            raise SystemExit(2) from None
         self.said = {trial.number for trial in self.ledger.trials() if trial.state.is_finished()}
         log.info("study %s in %s", self.ledger.name, self.ledger.storage.where)
         with _sigterm_ends(), board(self.ledger):
@@ -100,6 +105,9 @@ class Worker:
 
     def _open(self) -> Ledger:
         """Creates the study, or makes sure that it is the one this command means."""
+        n_jobs = self.sweeper.n_jobs
+        if isinstance(n_jobs, bool) or not isinstance(n_jobs, int) or n_jobs < 1:
+            raise ValueError(f"hydra.sweeper.n_jobs={n_jobs!r} cannot be: write a whole number, 1 or more.")
         base = self.config_loader.load_sweep_config(self.config, self.fixed)
         objective = self._objective(base)
         constraint_values(self.sweeper.constraints, {})
