@@ -18,6 +18,7 @@ from conftest import TinyNet
 from torch import nn
 
 from brqat import checkpoint, schedule
+from brqat.devices import claimed_device
 from brqat.files import append_jsonl, finite, read_jsonl, write_json, write_whole
 from brqat.provenance import content_hash
 from brqat.settings import LEAST, Settings
@@ -519,7 +520,8 @@ def test_float_epochs_follow_pretrain_epochs_then_epochs_then_the_default_for_pt
 
 
 def test_a_device_that_is_not_there_is_refused():
-    assert Settings(**GOOD).torch_device() == torch.device("cpu")
+    with claimed_device("cpu") as device:
+        assert device == torch.device("cpu")
     for name in ("cuda:99", "nonsense"):
-        with pytest.raises(ValueError, match=f"device={name} cannot be used"):
-            Settings(**(GOOD | {"device": name})).torch_device()
+        with pytest.raises(ValueError, match=f"device={name} cannot be used"), claimed_device(name):
+            pass

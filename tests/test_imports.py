@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 # Highest first; a module may import from its own step or from any below.
 STAIRCASE = [
     {"train"},
+    {"study"},
     {"baseline", "settings"},
     {"fit"},
     {"checkpoint", "levels", "progress", "interrupt", "provenance"},
@@ -17,7 +18,7 @@ STAIRCASE = [
     {"regularizer"},
     {"quantizer"},
     {"bins", "model", "dataset", "schedule", "tracking"},
-    {"grid", "files"},
+    {"grid", "files", "devices"},
 ]
 STEP = {room: height for height, rooms in enumerate(STAIRCASE) for room in rooms}
 

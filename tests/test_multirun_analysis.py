@@ -35,6 +35,7 @@ def write_run(folder: Path, *, lambda_br=1.0, seed=0, epochs=6, warmup=2, summar
         "epochs": epochs,
         "warmup_epochs": warmup,
         "wandb": {"name": folder.name},
+        "trial": {"number": seed, "lease": folder.name},
         "resume": str(folder),
     }
     (folder / ".hydra").mkdir(parents=True)

@@ -17,8 +17,9 @@ COMMANDS = [
 ]
 SETUP = [command for command in COMMANDS if command.startswith("python3 -m venv")]
 OTHERS = [command for command in COMMANDS if command not in SETUP]
-# Cut short: one epoch instead of the run's own, no dashboard. A later override wins.
+# Cut short: one epoch instead of the run's own, no dashboard, few trials. A later override wins.
 SHORT = " epochs=1 warmup_epochs=0 tracking=files"
+FEW = " hydra.sweeper.n_trials=5"
 
 
 def environment(tmp_path):
@@ -63,9 +64,11 @@ def workplace(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", OTHERS)
 def test_command(command, workplace):
-    if command.startswith("brqat") and "--help" not in command:
+    if command.startswith("brqat ") and "--help" not in command:
         # A data set that would be downloaded is composed, not trained.
         command += " --cfg job" if "dataset=cifar10" in command else SHORT
+        if "sweep=" in command or "hydra/sweeper=" in command:
+            command += FEW
         if " epochs=0" in command:  # no epoch to cut short, but the float network's
             command = command.replace(" epochs=1", " pretrain_epochs=1").replace(" warmup_epochs=0", "")
     out = shell(command, workplace, environment(workplace))

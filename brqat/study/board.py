@@ -13,6 +13,7 @@ import rich
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Group
+from rich.file_proxy import FileProxy
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -131,6 +132,7 @@ def table(ledger: Ledger, latest: int | None = None) -> Group:
     for head in ("trial", "state", "value", "epochs", "seconds", "host", "setting"):
         rows.add_column(head, justify="right" if head in ("trial", "value", "epochs", "seconds") else "left")
     trials = ledger.trials()
+    names = _short_names({key for trial in trials for key in trial.user_attrs.get("setting") or {}})
     running = [trial for trial in trials if trial.state == TrialState.RUNNING]
     ended = sorted((t for t in trials if t.state.is_finished()), key=lambda t: t.datetime_complete)
     ended = ended[-latest:] if latest else ended
@@ -145,7 +147,7 @@ def table(ledger: Ledger, latest: int | None = None) -> Group:
             str(run.get("last_epoch", "")),
             f"{_seconds(trial):.0f}",
             (trial.user_attrs.get("lease") or {}).get("host", "").split("/")[0],
-            " ".join(f"{key}={_short(value)}" for key, value in (trial.user_attrs.get("setting") or {}).items()),
+            " ".join(f"{names[key]}={_short(value)}" for key, value in (trial.user_attrs.get("setting") or {}).items()),
             style="bold" if best else "dim" if trial.state.is_finished() else "",
         )
     return Group(Text(f"study {where.name}: {where.in_words()}"), rows)
@@ -169,8 +171,14 @@ def board(ledger: Ledger) -> Iterator[None]:
             looked = time.monotonic()
         return shown
 
-    with Live(get_renderable=render, console=rich.get_console(), refresh_per_second=2, transient=True):
-        yield
+    try:
+        with Live(get_renderable=render, console=rich.get_console(), refresh_per_second=2):
+            yield
+            looked = -LOOK_EVERY_S  # the last look stays on the terminal
+    finally:
+        for handler in logging.getLogger().handlers:  # jobs made theirs while the table stood below
+            if isinstance(handler, logging.StreamHandler) and isinstance(handler.stream, FileProxy):
+                handler.setStream(sys.stdout)
 
 
 def duration(seconds: float) -> str:
@@ -187,6 +195,17 @@ def _seconds(trial: FrozenTrial) -> float:
 
 def _dominates(left: tuple[float, ...], right: tuple[float, ...]) -> bool:
     return left != right and all(a <= b for a, b in zip(left, right, strict=True))
+
+
+def _short_names(keys: set[str]) -> dict[str, str]:
+    """Each key's shortest ending that no other key shares."""
+    found = {}
+    for key in keys:
+        parts = key.split(".")
+        endings = [".".join(parts[start:]) for start in reversed(range(len(parts)))]
+        others = keys - {key}
+        found[key] = next((e for e in endings if not any(f".{o}".endswith(f".{e}") for o in others)), key)
+    return found
 
 
 def _short(value: object) -> str:
