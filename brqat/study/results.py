@@ -7,6 +7,7 @@ experiment/NAME.yaml        the best setting as an experiment, to run again
 
 import csv
 import io
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from brqat.study.board import best_first, standing
 from brqat.study.ledger import Ledger, run_of
 from brqat.study.trial import FIGURES
 
+log = logging.getLogger(__name__)
+
 GROUPS = ("quantizer", "regularizer", "alpha_policy", "dataset", "model", "optimizer", "tracking")
 
 
@@ -27,9 +30,11 @@ def write(ledger: Ledger, folder: Path, config: DictConfig | None = None) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     _text(folder / "optimization_results.yaml", OmegaConf.to_yaml(OmegaConf.create(summary(ledger))))
     _text(folder / "trials.csv", trials_csv(ledger))
-    ranked = best_first(ledger)
-    for place, trial in enumerate(ranked[:1], start=1):
-        write_experiment(ledger, folder, trial, place)
+    for trial in best_first(ledger)[:1]:
+        try:
+            write_experiment(ledger, folder, trial, place=1)
+        except ValueError as error:
+            log.warning("%s", error)
 
 
 def summary(ledger: Ledger) -> dict[str, Any]:
@@ -91,9 +96,14 @@ def trials_csv(ledger: Ledger) -> str:
 
 
 def write_experiment(ledger: Ledger, folder: Path, trial: FrozenTrial, place: int) -> str:
-    """The configuration of a trial as FOLDER/experiment/NAME.yaml; returns NAME."""
+    """The configuration of a trial as FOLDER/experiment/NAME.yaml; returns NAME. Raises ValueError."""
     name = f"{ledger.name}_best" if place == 1 else f"{ledger.name}_best_{place}"
     there = Path(run_of(trial)["folder"]) / ".hydra"
+    if not (there / "config.yaml").is_file():
+        raise ValueError(
+            f"the configuration of trial {trial.number} is not on this machine: {there} (it ran on "
+            f"{trial.user_attrs['lease']['host'].split('/')[0]}). Copy its folder, or call brqat-study there."
+        )
     config = OmegaConf.load(there / "config.yaml")
     choices = OmegaConf.load(there / "hydra.yaml").hydra.runtime.choices
     for key in ("trial", "resume", "tracking", "cache_dir"):

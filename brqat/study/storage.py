@@ -66,11 +66,11 @@ def open_storage(where: str | None, folder: Path, create: bool = True) -> Storag
             "sqlite:///PATH, journal:///PATH or postgresql://USER:PASSWORD@HOST/DATABASE."
         )
     if kind.split("+")[0] == "postgresql":
-        return _postgresql(_psycopg(where))
+        return _postgresql(_psycopg(where), os.getpid())
     file = Path(path.removeprefix("/")).expanduser().absolute()
     if not create and not file.exists():
         raise ValueError(f"there is no study at {file}.")
-    return _journal(file) if kind == "journal" else _sqlite(file)
+    return (_journal if kind == "journal" else _sqlite)(file, os.getpid())
 
 
 def is_full(error: BaseException | None) -> bool:
@@ -84,11 +84,11 @@ def is_full(error: BaseException | None) -> bool:
     return False
 
 
-# ---- the three kinds
+# ---- the three kinds; a process of its own, since a fork must not share connections
 
 
 @functools.cache
-def _sqlite(file: Path) -> Storage:
+def _sqlite(file: Path, process: int) -> Storage:
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = file.with_name(f".{file.name}.lock")
     with FileLock(lock):  # several workers would otherwise create the tables at once
@@ -97,7 +97,7 @@ def _sqlite(file: Path) -> Storage:
 
 
 @functools.cache
-def _journal(file: Path) -> Storage:
+def _journal(file: Path, process: int) -> Storage:
     file.parent.mkdir(parents=True, exist_ok=True)
     backend = _WholeLines(str(file), _JournalLock(file.with_name(f".{file.name}.write.lock")))
     backend.mend()
@@ -105,10 +105,10 @@ def _journal(file: Path) -> Storage:
 
 
 @functools.cache
-def _postgresql(url: str) -> Storage:
+def _postgresql(url: str, process: int) -> Storage:
     engine = create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": 10})
     with _advisory_lock(engine):
-        storage = RDBStorage(url, engine_kwargs={"pool_size": 4, "max_overflow": 8})
+        storage = RDBStorage(url, engine_kwargs={"pool_size": 4, "max_overflow": 8, "pool_pre_ping": True})
     return Storage(make_url(url).render_as_string(hide_password=True), _cached(storage), None, engine)
 
 

@@ -20,6 +20,7 @@ from hydra.core.utils import JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl, create_params_from_overrides
 from omegaconf import DictConfig, OmegaConf
+from optuna.distributions import check_distribution_compatibility
 from optuna.pruners import NopPruner
 from optuna.trial import TrialState
 
@@ -176,13 +177,15 @@ class Worker:
             study.set_user_attr("description", here)
             return
         lines = difference(attrs["description"], here)
-        if lines and not self.sweeper.force:
+        if lines and (not self.sweeper.force or attrs["description"]["objective"] != here["objective"]):
             raise ValueError(
                 f"study {name} in {storage.where} was begun with other settings, and its trials would not compare with "
                 "this command's. From the study's (-) to this command's (+):\n" + "\n".join(lines) + "\n"
-                "Give the settings it began with, another hydra.sweeper.study_name, or hydra.sweeper.force=true to mix."
+                "Give the settings it began with, another hydra.sweeper.study_name, or hydra.sweeper.force=true to mix "
+                "(not for another objective)."
             )
         if lines:
+            self._refuse_other_choices(study)
             log.warning(
                 "hydra.sweeper.force=true: trials from here on differ from those before in\n%s", "\n".join(lines)
             )
@@ -190,6 +193,17 @@ class Worker:
             study.set_user_attr("description", here)
         if attrs.get("code") != source_hash():
             log.warning("this study began with another version of brqat's code; its later trials may differ for that")
+
+    def _refuse_other_choices(self, study: optuna.Study) -> None:
+        for trial in study.get_trials(deepcopy=False):
+            for name in trial.distributions.keys() & self.space.distributions.keys():
+                try:
+                    check_distribution_compatibility(trial.distributions[name], self.space.distributions[name])
+                except ValueError as error:
+                    raise ValueError(
+                        f"Optuna cannot mix the old and the new values of {name} in one study, and force=true cannot "
+                        f"change that: {error} Give another hydra.sweeper.study_name."
+                    ) from error
 
     # ---- trials
 
