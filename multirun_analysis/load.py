@@ -22,7 +22,7 @@ import yaml
 
 CONFIG, SUMMARY = Path(".hydra/config.yaml"), Path("summary.json")
 LINE_KEYS = {"metrics.jsonl": ["epoch"], "levels.jsonl": ["epoch", "site"]}  # what a line is about
-NOT_SETTINGS = {"wandb", "tracking", "hydra", "resume", "cache_dir"}  # where a run is kept, not what it is
+NOT_SETTINGS = {"wandb", "tracking", "trial", "hydra", "resume", "cache_dir"}  # where a run is kept, not what it is
 
 
 class Unreadable(ValueError):

@@ -32,7 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
     confirm.add_argument("--folder", type=Path, help="the sweep's folder, if `where` is an address")
     confirm.add_argument("overrides", nargs="*", help="for all runs, as for brqat -m: threads=1, hydra/launcher=joblib")
     confirm.set_defaults(command=_confirm)
-    given = parser.parse_args(arguments)
+    given, rest = parser.parse_known_args(arguments)
+    if rest and (given.command is not _confirm or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if given.command is _confirm:  # overrides behind an option are what argparse does not know
+        given.overrides += rest
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         return given.command(given)
@@ -74,10 +78,10 @@ def _confirm(given: argparse.Namespace) -> int:
         f"hydra.sweep.dir={folder / 'confirm'}",
         "hydra.sweep.subdir=${hydra:runtime.choices.experiment}-seed${seed}",
         "resume=true",
-        *given.overrides,
     ]
-    if not any(override.startswith("tracking=") for override in given.overrides):
+    if not any(override.startswith("tracking=") and override != "tracking=wandb" for override in given.overrides):
         command += [f"tracking.group={ledger.name}", "tracking.job_type=confirm"]
+    command += given.overrides
     print(" ".join(command), flush=True)
     return subprocess.run(command).returncode
 

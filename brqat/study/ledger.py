@@ -156,6 +156,15 @@ class Ledger:
             if trial.state == TrialState.RUNNING and trial.user_attrs["lease"]["token"] == token:
                 self._let_go(trial, reason, counts)
 
+    def is_out(self, batch: list[Asked]) -> bool:
+        """Whether any of these trials is still running, or about to, under the lease that it was asked with."""
+        with self.storage.exclusive():
+            self.requeue_dead()
+        rows = [(asked, self.row(asked.number)) for asked in batch]
+        return any(
+            row.state == TrialState.RUNNING and row.user_attrs["lease"]["token"] == asked.token for asked, row in rows
+        )
+
     # ---- the process of a trial
 
     @contextmanager
@@ -196,13 +205,17 @@ class Ledger:
         constraints: dict[str, float],
         sampler: optuna.samplers.BaseSampler,
     ) -> None:
-        """Ends a row, and lets the sampler know where the trial is told. Raises NotOurs."""
-        trial = self._ours(number, token)
-        self._set(trial, "run", run)
-        for name, value in constraints.items():
-            if name not in trial.constraints:  # a worker may have died between the two
-                optuna.Trial(self.study, trial._trial_id).set_constraint(name, value)
-        _Searched(self.study, sampler).tell(number, values, state)
+        """Ends a row, and lets the sampler know where the trial is told. Raises NotOurs.
+
+        Under the lock: whoever looks for the dead must not see the row running and its process gone.
+        """
+        with self.storage.exclusive():
+            trial = self._ours(number, token)
+            self._set(trial, "run", run)
+            for name, value in constraints.items():
+                if name not in trial.constraints:  # a worker may have died between the two
+                    optuna.Trial(self.study, trial._trial_id).set_constraint(name, value)
+            _Searched(self.study, sampler).tell(number, values, state)
 
     def report(self, number: int, token: str, step: int, value: float) -> bool:
         """Notes an intermediate value; whether the pruner gives the row up. Raises NotOurs."""
@@ -286,10 +299,13 @@ class Ledger:
 
 
 class _Searched(optuna.Study):
-    """The study as its sampler may see it: without controls, which lie outside of the space that it searches."""
+    """The study as its sampler may see it: without controls, which lie outside of the space that it searches.
+
+    Without its pruner, too: for Hyperband, Optuna would show a sampler the whole study instead of this one.
+    """
 
     def __init__(self, study: optuna.Study, sampler: optuna.samplers.BaseSampler):
-        super().__init__(study.study_name, study._storage, sampler, study.pruner)
+        super().__init__(study.study_name, study._storage, sampler, optuna.pruners.NopPruner())
 
     def _get_trials(self, deepcopy=True, states=None, use_cache=False) -> list[FrozenTrial]:
         trials = super()._get_trials(deepcopy, states, use_cache)

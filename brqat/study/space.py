@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -51,7 +53,22 @@ def overrides_of(setting: Mapping[str, Any]) -> list[str]:
 def _plain(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
+    if isinstance(value, str) and not _reads_as_text(value):
+        return QuotedString(value, Quote.double).with_quotes()
     return repr(value) if isinstance(value, float) else str(value)
+
+
+def _reads_as_text(value: str) -> bool:
+    """Whether Hydra's grammar takes it for text without quotes: not 1, true, a,b or it's.
+
+    A list or a dict among choices comes as text, too, and is not to be quoted.
+    """
+    if value.startswith(("[", "{")):
+        return True
+    try:
+        return isinstance(OverridesParser.create().parse_override(f"key={value}").value(), (str, QuotedString))
+    except HydraException:
+        return False
 
 
 def description(
@@ -68,12 +85,12 @@ def description(
     said["control"] = json.dumps(controls)
     said["objective"] = ", ".join(f"{name} ({direction})" for name, direction in objective.items())
     swept = {*distributions, *(key for setting in controls for key in setting)}
-    said |= {
+    settings = {
         key: json.dumps(value)
         for key, value in _flat(config).items()
         if not any(key == name or key.startswith(f"{name}.") for name in (name.replace("/", ".") for name in swept))
     }
-    return said
+    return settings | said  # where the objective has its direction
 
 
 def difference(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:

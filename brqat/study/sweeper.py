@@ -21,9 +21,15 @@ class StudySweeper(Sweeper):
         from hydra.core.plugins import Plugins
 
         self.hydra_context, self.config = hydra_context, config
-        self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
+        try:
+            self.launcher = Plugins.instance().instantiate_launcher(
+                hydra_context=hydra_context, task_function=task_function, config=config
+            )
+        except RuntimeError as error:
+            raise ValueError(
+                f"hydra/launcher: {error}, its plugin is not installed. hydra/launcher=slurm, ray and joblib need "
+                "brqat[slurm], brqat[ray] and brqat[joblib]."
+            ) from error
 
     def sweep(self, arguments: list[str]) -> None:
         from brqat.study.worker import Worker

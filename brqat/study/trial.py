@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 SAMPLERS = ("optuna.samplers.*", "hydra_plugins.hydra_optuna_sweeper.*", "brqat.*")
 # What of a run's summary stands in its row.
 FIGURES = (
-    "status", "error", "val_acc", "val_loss", "test_acc", "float_test_acc", "best_epoch", "last_epoch", "seconds",
-    "weight_bits", "act_bits", "weight_bytes", "bops", "seed", "device", "config_hash", "wandb_run_id",
+    "status", "error", "val_acc", "val_loss", "test_acc", "float_test_acc", "best_epoch", "last_epoch", "epochs",
+    "seconds", "weight_bits", "act_bits", "weight_bytes", "bops", "seed", "device", "config_hash", "wandb_run_id",
 )  # fmt: skip
 NOT_MET = 1e18  # of a constraint on a figure that the run did not come to
 
@@ -85,7 +85,7 @@ class Trial:
 def run_trial(run: Callable[[Trial], dict], node: DictConfig, sweeper: DictConfig, folder: Path) -> Any:
     """Runs a row of the study; returns the objective, or None if the row went to another worker.
 
-    run: from the trial to what summary.json holds. node: {number, lease}, which the sweeper adds to the config.
+    run: from the trial to what summary.json holds. node: {number, lease, pooled}, which the sweeper adds to the config.
     """
     ledger = open_ledger(sweeper, folder.parent)
     trial = Trial(ledger, node.number, node.lease, ledger.attrs["uid"], not isinstance(ledger.study.pruner, NopPruner))
@@ -95,10 +95,15 @@ def run_trial(run: Callable[[Trial], dict], node: DictConfig, sweeper: DictConfi
                 summary = run(trial)
             except NotOurs:
                 raise
-            except (SystemExit, KeyboardInterrupt):
+            except (SystemExit, KeyboardInterrupt) as error:
                 ledger.requeue(trial.number, trial.token, "interrupted", counts=False)
+                if node.get("pooled"):  # joblib's pool would hang on a SystemExit
+                    raise RuntimeError(f"trial {trial.number} was interrupted: {error!r}") from None
                 raise
             except Exception as error:
+                if type(error).__name__ == "UncompletedJobError":  # submitit's: out of time, and not to be queued again
+                    ledger.requeue(trial.number, trial.token, f"{error}", counts=True)
+                    raise
                 if is_full(error):
                     with suppress(Exception):  # the study's file may lie on the same disk; its silence tells then
                         ledger.requeue(trial.number, trial.token, f"{error}", counts=False)
@@ -143,7 +148,7 @@ def pruner_of(node: DictConfig | str) -> BasePruner:
             known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
             raise ValueError(f"hydra.sweeper.pruner={node} is not known. Write one of {known}.")
         node = OmegaConf.load(file)
-    return instantiate(node, _execution_whitelist_=["optuna.pruners.*"])
+    return instantiate(_alone(node), _execution_whitelist_=["optuna.pruners.*"])
 
 
 def sampler_of(node: DictConfig, number: int) -> BaseSampler:
@@ -157,7 +162,12 @@ def sampler_of(node: DictConfig, number: int) -> BaseSampler:
         arguments["seed"] = node.seed + number
     if node._target_.endswith("GridSampler"):  # all its settings are rows from the start
         return optuna.samplers.RandomSampler()
-    return instantiate(node, _execution_whitelist_=SAMPLERS, **arguments)
+    return instantiate(_alone(node), _execution_whitelist_=SAMPLERS, **arguments)
+
+
+def _alone(node: DictConfig) -> DictConfig:
+    """The node without the configuration around it, all of which instantiate would copy."""
+    return OmegaConf.create(OmegaConf.to_container(node, resolve=True))
 
 
 def constraint_values(constraints: Mapping | None, figures: Mapping) -> dict[str, float]:

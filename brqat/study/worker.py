@@ -9,14 +9,16 @@ import secrets
 import signal
 import threading
 import time
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import optuna
-from hydra.core.utils import JobStatus
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl, create_params_from_overrides
 from omegaconf import DictConfig, OmegaConf
@@ -36,6 +38,7 @@ from brqat.study.trial import constraint_values, open_ledger, sampler_of
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 2.0  # at other workers' trials, while there is nothing to run
+GRACE_S = 15.0  # that a batch job has for coming back, once its trial is over or somebody else's
 # What of the composed config two workers of a study may differ in.
 MAY_DIFFER = ("tracking", "resume", "cache_dir", "dataset.cache_dir", "dataset.workers", "dataset.root", "trial")
 
@@ -130,7 +133,10 @@ class Worker:
                 )
             sampler_of(self.sweeper.sampler, 0)
             ledger.enqueue(self.space.controls, control=True)
-            ledger.enqueue(self.space.grid or [])
+            if self.space.grid is not None:
+                ledger.enqueue(self.space.grid)
+                # No more than these: another trial would repeat one.
+                ledger.rules = replace(ledger.rules, n_trials=min(ledger.rules.n_trials, len(ledger.trials())))
         return ledger
 
     def _objective(self, base: DictConfig) -> dict[str, str]:
@@ -253,25 +259,63 @@ class Worker:
 
     def _launch(self, batch: list[Asked]) -> None:
         errors: list[BaseException] = []
+        broken = False
         with self._beating(batch):
             try:
-                returns = self.launcher.launch([self._overrides(asked) for asked in batch], batch[0].number)
+                returns = self._returns(batch)
                 errors = [job._return_value for job in returns if job.status == JobStatus.FAILED]
             except Exception as error:  # a job that never came back: killed, cancelled, its machine gone
-                errors = [error]
+                errors, broken = [error], len(batch) > 1
             except BaseException:
-                if self.local:
-                    for asked in batch:
-                        self.ledger.requeue(asked.number, asked.token, "interrupted", counts=False)
+                for asked in () if self.threaded else batch:  # their processes end with this one
+                    self.ledger.requeue(asked.number, asked.token, "interrupted", counts=False)
                 raise
-            for asked in batch:
+            blameless = any(is_full(error) or _is_refused(error) for error in errors)
+            # Which job it was the launcher does not say, and the others may run on: their locks and beats tell.
+            for asked in self._not_started(batch) if broken else batch:
                 reason = f"its job ended without a word ({errors[0]})" if errors else "its job ended without a word"
-                self.ledger.requeue(asked.number, asked.token, reason, counts=not any(map(is_full, errors)))
+                self.ledger.requeue(asked.number, asked.token, reason, counts=not blameless)
         self._say_ended()
         for error in errors:
             if is_full(error):
                 log.error("the disk is full (%s). Nothing is lost: make room and give the same command again.", error)
                 raise SystemExit(1)
+            if _is_refused(error):
+                log.error("no job can be submitted: %s", error)
+                raise SystemExit(1)
+
+    def _returns(self, batch: list[Asked]) -> Sequence[JobReturn]:
+        """What the launcher returns. The job of a batch system is not waited for once its trial is out of its hands:
+
+        the system may tell minutes later that a job was cancelled, or, without accounting, never.
+        """
+        overrides = [self._overrides(asked) for asked in batch]
+        if not self.threaded:
+            return self.launcher.launch(overrides, batch[0].number)
+        came: list[Sequence[JobReturn] | BaseException] = []
+
+        def launch() -> None:
+            try:
+                came.append(self.launcher.launch(overrides, batch[0].number))
+            except BaseException as error:
+                came.append(error)
+
+        thread = threading.Thread(target=launch, daemon=True)
+        thread.start()
+        while not came:
+            thread.join(self.sweeper.heartbeat_s)
+            with suppress(Exception):  # a database that restarts
+                if not self.ledger.is_out(batch):
+                    thread.join(GRACE_S)
+                    break
+        if not came:
+            return []
+        if isinstance(came[0], BaseException):
+            raise came[0]
+        return came[0]
+
+    def _not_started(self, batch: list[Asked]) -> list[Asked]:
+        return [asked for asked in batch if not self.ledger.row(asked.number).user_attrs["lease"]["started"]]
 
     def _overrides(self, asked: Asked) -> list[str]:
         return [
@@ -279,6 +323,7 @@ class Worker:
             *overrides_of(asked.setting),
             f"+trial.number={asked.number}",
             f"+trial.lease='{asked.token}'",
+            f"+trial.pooled={json.dumps(not self.local and not self.threaded)}",
             "resume=true",
             f"hydra.sweep.dir={json.dumps(str(self.folder))}",
             f"hydra.sweep.subdir={asked.number}",
@@ -324,6 +369,11 @@ class Worker:
         if reason:
             log.error("the study stops: %s", reason)
             raise SystemExit(1)
+
+
+def _is_refused(error: BaseException) -> bool:
+    """Whether submitit could not submit a job at all: a partition that does not exist, say."""
+    return any(frame.name == "_submit_command" for frame in traceback.extract_tb(error.__traceback__))
 
 
 @contextmanager

@@ -55,7 +55,9 @@ class RunFiles:
             return dict(stored)
 
     def cut_after(self, epoch: int) -> None:
-        """Drops what was written after the checkpoint of this epoch, so that it can be written again."""
+        """Drops what was written after the checkpoint of this epoch, and what a kill left half-written."""
+        for path in self.folder.glob(".*.tmp"):  # write_whole's; only one process is in the folder
+            path.unlink(missing_ok=True)
         for path in (self.metrics, self.levels):
             if path.exists():
                 rows = [row for row in read_jsonl(path) if row["epoch"] <= epoch]
