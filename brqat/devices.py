@@ -32,18 +32,35 @@ def claimed_device(name: str) -> Iterator[torch.device]:
 def least_taken(names: Sequence[str], folder: Path) -> Iterator[int]:
     """Inside, the position of the name that the fewest processes hold; a killed one's hold falls with it."""
     folder.mkdir(parents=True, exist_ok=True)
-    for place in count():
-        for index, name in enumerate(names):
-            lock = FileLock(folder / f"{name}.{place}.lock")
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                continue
-            try:
-                yield index
-            finally:
-                lock.release()
-            return
+    with FileLock(folder / "choosing.lock"):
+        holds = [_holds(name, folder) for name in names]
+        index = min(range(len(names)), key=holds.__getitem__)
+        lock = next(filter(None, (_taken(folder / f"{names[index]}.{place}.lock") for place in count())))
+    try:
+        yield index
+    finally:
+        lock.release()
+
+
+def _holds(name: str, folder: Path) -> int:
+    held = 0
+    for file in folder.glob(f"{name}.*.lock"):
+        lock = _taken(file)
+        if lock is None:
+            held += 1
+        else:
+            lock.release()
+    return held
+
+
+def _taken(file: Path) -> FileLock | None:
+    """The lock, taken; None if another process holds it."""
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    return lock
 
 
 def _usable(name: str) -> torch.device:

@@ -19,16 +19,21 @@ class StopRequest:
 
     def __init__(self):
         self.number: int | None = None
+        self.told = False
 
     def check(self) -> None:
         """Raises Interrupted if a signal has come."""
         if self.number is not None:
+            self.told = True
             raise Interrupted(self.number)
 
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Inside, the first signal is noted and the second acts as it would have without us."""
+    """Inside, the first signal is noted and the second acts as it would have without us.
+
+    A signal that nobody asked for before the end acts then: a sweep does not go on after it.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request  # only the main thread may set handlers; a launcher's threads are ended by their process
@@ -46,3 +51,5 @@ def stop_request() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if request.number is not None and not request.told:
+        signal.raise_signal(request.number)

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
+from omegaconf import DictConfig, OmegaConf
+
 
 class Objective(NamedTuple):
     """What a run may be judged by."""
@@ -19,6 +21,9 @@ OBJECTIVES = {
     "weight_bytes": Objective("minimize", 1e15),
     "bops": Objective("minimize", 1e18),
 }
+
+# Keys that say where a run lives and is shown, not what it computes.
+NOT_HASHED = ("tracking", "trial", "resume", "cache_dir", "dataset.cache_dir", "dataset.workers")
 
 # Post-training quantization has no epochs of its own that would say how long the float network trains.
 FLOAT_EPOCHS_BEFORE_PTQ = 20
@@ -36,6 +41,18 @@ LEAST = {
     "histogram_every": 1,
     "threads": 1,
 }
+
+
+def what_determines(config: DictConfig) -> dict:
+    """The resolved configuration without Hydra's own part and without NOT_HASHED."""
+    resolved = OmegaConf.to_container(OmegaConf.masked_copy(config, [k for k in config if k != "hydra"]), resolve=True)
+    for key in NOT_HASHED:
+        *groups, last = key.split(".")
+        node = resolved
+        for group in groups:
+            node = node.get(group) or {}
+        node.pop(last, None)
+    return resolved
 
 
 @dataclass(frozen=True)

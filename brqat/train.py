@@ -36,7 +36,7 @@ from brqat.layers import LayerCost, Scheme, calibrate, quantize, sites
 from brqat.levels import recording
 from brqat.provenance import content_hash, git_sha, source_hash, versions
 from brqat.regularizer.base import Regularizer
-from brqat.settings import OBJECTIVES, Settings
+from brqat.settings import OBJECTIVES, Settings, what_determines
 from brqat.tracking.files import Identity, NoDashboard, RunFiles
 
 if TYPE_CHECKING:
@@ -47,8 +47,6 @@ log = logging.getLogger(__name__)
 # What a config may instantiate: our own rooms, torchvision's models and torch's optimizers.
 TARGETS = ["brqat.*", "torch.optim.*", "torchvision.models.*"]
 GROUPS = ("quantizer", "regularizer", "alpha_policy", "dataset", "model", "optimizer", "tracking", "trial")
-# Settings that say where a run lives and is shown, not what it computes.
-NOT_HASHED = ("tracking", "trial", "resume", "cache_dir", "dataset.cache_dir", "dataset.workers")
 # What a run of a study does not do again: a pruned one goes on only under a command of its own.
 ENDED = ("completed", "pruned", "diverged")
 
@@ -93,6 +91,10 @@ def run(cfg: DictConfig, folder: Path, trial: "Trial | None" = None) -> dict:
     files = RunFiles(folder)
     with _only_process_in(folder), stop_request() as stop:
         before = files.read_summary() or {}
+        if trial and trial.forced and _hash_there(files, before) not in (None, config_hash(cfg)):
+            log.warning("the study has been forced to other settings: this trial starts again with them")
+            files.clear()
+            before = {}
         _refuse_another_run(cfg, files, before)
         if before.get("status") in (ENDED if trial else ENDED[:1]):
             log.info("this run has ended already: %s", files.summary)
@@ -357,14 +359,7 @@ def _say_what_never_begins(settings: Settings, regularizer: Regularizer, policy:
 
 def config_hash(cfg: DictConfig) -> str:
     """Of everything that determines the result, seed included: two runs with one hash are the same run."""
-    resolved = OmegaConf.to_container(cfg, resolve=True)
-    for key in NOT_HASHED:
-        *groups, last = key.split(".")
-        node = resolved
-        for group in groups:
-            node = node.get(group, {})
-        node.pop(last, None)
-    return content_hash(resolved)
+    return content_hash(what_determines(cfg))
 
 
 def _refuse_another_run(cfg: DictConfig, files: RunFiles, summary: dict) -> None:
@@ -376,13 +371,17 @@ def _refuse_another_run(cfg: DictConfig, files: RunFiles, summary: dict) -> None
             f"{files.folder} holds a run already, which a new one would overwrite. To go on with it: resume=true. "
             "For another run: another hydra.run.dir (under -m: hydra.sweep.dir)."
         )
-    there = checkpoint.load(files.last)["fingerprint"] if files.last.exists() else summary["config_hash"]
-    here = config_hash(cfg)
+    there, here = _hash_there(files, summary), config_hash(cfg)
     if there != here:
         raise ValueError(
             f"{files.folder} holds a run of another configuration (hash {there}, this command's is {here}): resuming "
             "would mix the two. Give the command that started it, or another hydra.run.dir."
         )
+
+
+def _hash_there(files: RunFiles, summary: dict) -> str | None:
+    """The configuration hash of the run that the folder holds."""
+    return checkpoint.load(files.last)["fingerprint"] if files.last.exists() else summary.get("config_hash")
 
 
 @contextmanager

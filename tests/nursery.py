@@ -7,6 +7,7 @@ Run as a script this is the process that forks. Each line on its standard input 
 the worker's pid, and writes how the worker ended into a file once it has.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -40,8 +41,9 @@ class Worker:
         return code
 
     def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it ends just now
+            if self.poll() is None:
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)

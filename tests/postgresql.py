@@ -36,7 +36,7 @@ def server(fsync: str = "off") -> Iterator[str]:
         log = stack.enter_context(open(folder / "log", "w+"))
         # fsync is for a machine that loses power; what is killed here are its clients.
         words = [postgres, "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", folder, "-c", f"fsync={fsync}"]
-        process = subprocess.Popen(words, cwd=folder, stdout=log, stderr=log, **as_whom)
+        process = subprocess.Popen(words, cwd=folder, stdout=log, stderr=log, start_new_session=True, **as_whom)
         stack.callback(process.wait, PATIENCE_S)
         stack.callback(process.send_signal, signal.SIGINT)  # SIGTERM would wait for its clients
         address = f"postgresql://brqat@127.0.0.1:{port}"

@@ -235,7 +235,8 @@ def test_job_that_may_not_be_queued_again_gives_its_trial_back(cluster, slurm_st
     slurm.ask(cluster, "scancel", "--signal=USR2", job_of(study, 0))
     study.ends(controller)
     assert_whole(study, 2, MANY_EPOCHS)
-    assert study.lease(0)["retries"] == 1 and "timed-out too many times" in study.lease(0)["reason"]
+    assert study.lease(0)["retries"] == 1 and study.times_resumed(0) == 1
+    assert "timed-out too many times" in (study.folder / "0" / "train.log").read_text()
 
 
 def test_jobs_tell_the_study_after_their_controller_was_killed(cluster, slurm_study_of):

@@ -1,6 +1,7 @@
 """A study on a terminal: a table that follows it, and a line for each trial that ends."""
 
 import logging
+import math
 import statistics
 import sys
 import time
@@ -93,7 +94,11 @@ def standing(ledger: Ledger) -> Standing:
         best=ranked[0] if ranked and not several else None,
         front=len(ranked) if several else 0,
         seconds_left=seconds_left,
-        epochs_saved=sum(run_of(t)["epochs"] - run_of(t)["last_epoch"] for t in trials if t.state == TrialState.PRUNED),
+        epochs_saved=sum(
+            run_of(trial).get("epochs", 0) - run_of(trial).get("last_epoch", 0)
+            for trial in trials
+            if trial.state == TrialState.PRUNED
+        ),
         epochs=sum(run_of(trial).get("last_epoch") or 0 for trial in trials),
     )
 
@@ -118,7 +123,7 @@ def best_first(ledger: Ledger) -> list[FrozenTrial]:
 
     if len(signs) > 1:
         good = [one for one in good if not any(_dominates(cost(other), cost(one)) for other in good)]
-    return sorted(good, key=lambda trial: (cost(trial), run_of(trial)["val_loss"], trial.number))
+    return sorted(good, key=lambda trial: (cost(trial), run_of(trial).get("val_loss", math.inf), trial.number))
 
 
 def trial_line(trial: FrozenTrial, ledger: Ledger) -> str:

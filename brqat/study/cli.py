@@ -1,6 +1,7 @@
 """brqat-study: looks at a study, and runs its best settings with more seeds."""
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -69,13 +70,16 @@ def _confirm(given: argparse.Namespace) -> int:
     chosen = _distinct(best_first(ledger))[: given.best]
     if not chosen:
         raise ValueError(f"study {ledger.name} has no completed trial to confirm: {standing(ledger).in_words()}.")
-    names = [results.write_experiment(ledger, folder, trial, place) for place, trial in enumerate(chosen, start=1)]
+    # By number and not by place: another trial may be the best by the next time.
+    names = [f"{ledger.name}_trial{trial.number}" for trial in chosen]
+    for trial, name in zip(chosen, names, strict=True):
+        results.write_experiment(ledger, folder, trial, name)
     command = [
         *(sys.executable, "-m", "brqat.train", "-m"),
         f"+experiment={','.join(names)}",
         f"seed={','.join(map(str, range(given.seeds)))}",
-        f"hydra.searchpath=[file://{folder}]",
-        f"hydra.sweep.dir={folder / 'confirm'}",
+        f"hydra.searchpath=[{json.dumps(f'file://{folder}')}]",
+        f"hydra.sweep.dir={json.dumps(str(folder / 'confirm'))}",
         "hydra.sweep.subdir=${hydra:runtime.choices.experiment}-seed${seed}",
         "resume=true",
     ]

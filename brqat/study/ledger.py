@@ -13,6 +13,7 @@ beat      a count that rises while the trial's process lives
 run       what became of it: status, folder, wandb id, figures, error
 """
 
+import functools
 import logging
 import os
 import secrets
@@ -30,7 +31,7 @@ from filelock import FileLock, Timeout
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from brqat.study.storage import Storage
+from brqat.study.storage import Storage, patiently
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +59,11 @@ class Rules:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"hydra.sweeper.{key}={value!r} cannot be: write a whole number, {least} or more.")
-        if (
-            isinstance(self.heartbeat_s, bool)
-            or not isinstance(self.heartbeat_s, (int, float))
-            or self.heartbeat_s <= 0
-        ):
-            raise ValueError(f"hydra.sweeper.heartbeat_s={self.heartbeat_s!r} cannot be: write seconds, above 0.")
+        beat, rate = self.heartbeat_s, self.max_failure_rate
+        if isinstance(beat, bool) or not isinstance(beat, (int, float)) or beat <= 0:
+            raise ValueError(f"hydra.sweeper.heartbeat_s={beat!r} cannot be: write seconds, above 0.")
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
+            raise ValueError(f"hydra.sweeper.max_failure_rate={rate!r} cannot be: write a share, 0 to 1.")
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,15 @@ class Ledger:
                 self.study.enqueue_trial(setting, user_attrs={"setting": setting, **attrs})
                 known.append(setting)
 
-    def next_trial(self, space: Space, make_sampler: Callable[[int], optuna.samplers.BaseSampler]) -> Asked | None:
+    def next_trial(
+        self, space: Space, make_sampler: Callable[[int], optuna.samplers.BaseSampler], queued: bool = False
+    ) -> Asked | None:
         """A waiting row, or a new one while there are fewer than n_trials; None if there is nothing to take.
 
         make_sampler: of a sampler for the row of a number, so that workers differ and a repeat of a row does not.
+        queued: the job may outlive this process before it starts.
         """
-        with self.storage.exclusive():
+        with self.storage.exclusive() as check:
             self.requeue_dead()
             trials = self.trials()
             waiting = [trial.number for trial in trials if trial.state == TrialState.WAITING]
@@ -141,7 +144,8 @@ class Ledger:
                 for name in setting.keys() & space.distributions.keys():
                     if _contains(space.distributions[name], setting[name]):
                         trial._suggest(name, space.distributions[name])
-            return Asked(number, self._lease(trial), setting)
+            check()
+            return Asked(number, self._lease(trial, queued), setting)
 
     def requeue_dead(self) -> None:
         """Makes every row of a dead process WAITING. The caller holds the lock."""
@@ -174,27 +178,33 @@ class Ledger:
         lock = FileLock(file)
         try:
             lock.acquire(timeout=2 * self.rules.heartbeat_s)
-        except Timeout:
+        except Timeout:  # its owner was silent and lives
+            self.requeue(number, token, f"another process holds {file}", counts=False)
             raise NotOurs(f"another process holds {file}") from None
         try:
-            with self.storage.exclusive():
-                trial = self.row(number)
-                lease = trial.user_attrs["lease"]
-                if trial.state.is_finished() or lease["token"] != token:
-                    raise NotOurs(f"trial {number} went to another worker while this one waited to start")
-                if trial.state == TrialState.WAITING:  # given back, and nobody has taken it: a requeued batch job
-                    self.storage.optuna.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
-                here = {"started": True, "host": host(), "pid": os.getpid(), "lock": _identity(file)}
-                self._set(trial, "lease", lease | here | {"folder": str(folder)})
+            self._claim(number, token, file)
             yield self.row(number)
         finally:
             lock.release()
+
+    @patiently
+    def _claim(self, number: int, token: str, file: Path) -> None:
+        with self.storage.exclusive():
+            trial = self.row(number)
+            lease = trial.user_attrs["lease"]
+            if trial.state.is_finished() or lease["token"] != token:
+                raise NotOurs(f"trial {number} went to another worker while this one waited to start")
+            if trial.state == TrialState.WAITING:  # given back, and nobody has taken it: a requeued batch job
+                self.storage.optuna.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+            here = {"started": True, "host": host(), "pid": os.getpid(), "lock": _identity(file)}
+            self._set(trial, "lease", lease | here | {"folder": str(file.parent)})
 
     def beat(self, number: int, token: str) -> None:
         """A sign of life. Raises NotOurs."""
         trial = self._ours(number, token)
         self._set(trial, "beat", trial.user_attrs.get("beat", 0) + 1)
 
+    @patiently
     def tell(
         self,
         number: int,
@@ -217,6 +227,7 @@ class Ledger:
                     optuna.Trial(self.study, trial._trial_id).set_constraint(name, value)
             _Searched(self.study, sampler).tell(number, values, state)
 
+    @patiently
     def report(self, number: int, token: str, step: int, value: float) -> bool:
         """Notes an intermediate value; whether the pruner gives the row up. Raises NotOurs."""
         known = self._ours(number, token)
@@ -234,7 +245,7 @@ class Ledger:
         failed = [t for t in bad if t.state == TrialState.FAIL]
         if len(failed) > self.rules.max_failures:
             return f"{len(failed)} trials failed, more than hydra.sweeper.max_failures={self.rules.max_failures}"
-        if ended and len(failed) / len(ended) > self.rules.max_failure_rate:
+        if len(failed) > self.rules.max_failure_rate * max(len(ended), SAME_FAILURES):
             rate = self.rules.max_failure_rate
             return f"{len(failed)} of {len(ended)} trials failed, more than hydra.sweeper.max_failure_rate={rate}"
         if len(bad) == len(ended) >= SAME_FAILURES and len({_kind(run_of(t).get("error", "")) for t in bad}) == 1:
@@ -249,18 +260,18 @@ class Ledger:
             raise NotOurs(f"trial {number} was taken for dead and went to another worker")
         return trial
 
-    def _lease(self, trial: optuna.Trial) -> str:
+    def _lease(self, trial: optuna.Trial, queued: bool) -> str:
         token = secrets.token_hex(4)
         before = trial.user_attrs.get("lease", {})
-        lease = {"token": token, "started": False, "host": host(), "pid": os.getpid(), "lock": None}
+        lease = {"token": token, "started": False, "queued": queued, "host": host(), "pid": os.getpid(), "lock": None}
         trial.set_user_attr("lease", lease | {"retries": before.get("retries", 0)})
         return token
 
     def _dead(self, trial: FrozenTrial) -> str | None:
         """Why the row's process is taken for dead, None if it is not.
 
-        On one host the lock in its folder decides. Elsewhere silence does, measured by our own clock: how long ago we
-        saw the count of its beats change.
+        On one host the lock in its folder decides, and before there is one, its process. Elsewhere silence does,
+        measured by our own clock: how long ago we saw the count of its beats change.
         """
         lease = trial.user_attrs.get("lease")
         if lease is None:
@@ -269,6 +280,8 @@ class Ledger:
             held = _held(Path(lease["folder"]) / LOCK_NAME, lease["lock"])
             if held is not None:
                 return None if held else f"process {lease['pid']} is gone"
+        if not lease["started"] and not lease["queued"] and lease["host"] == host() and not _lives(lease["pid"]):
+            return f"process {lease['pid']} is gone before it began"
         sign = (lease["token"], lease["started"], trial.user_attrs.get("beat"))
         last, since = self._heard.get(trial.number, (None, 0.0))
         if sign != last:
@@ -317,13 +330,25 @@ def run_of(trial: FrozenTrial) -> dict:
     return trial.user_attrs.get("run") or {}
 
 
+@functools.cache
 def host() -> str:
-    """This machine, and this start of it."""
+    """This machine, this start of it, and the container in which its processes have their numbers."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
+        numbers = os.readlink("/proc/self/ns/pid")
     except OSError:
-        boot = ""
-    return f"{socket.gethostname()}/{boot}"
+        boot = numbers = ""
+    return f"{socket.gethostname()}/{boot}/{numbers}"
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _held(file: Path, identity: list[int]) -> bool | None:

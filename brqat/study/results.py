@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from optuna.trial import FrozenTrial
 
 from brqat.files import write_whole
@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 GROUPS = ("quantizer", "regularizer", "alpha_policy", "dataset", "model", "optimizer", "tracking")
 
 
-def write(ledger: Ledger, folder: Path, config: DictConfig | None = None) -> None:
+def write(ledger: Ledger, folder: Path) -> None:
     """All three. The caller holds the study's lock."""
     folder.mkdir(parents=True, exist_ok=True)
     _text(folder / "optimization_results.yaml", OmegaConf.to_yaml(OmegaConf.create(summary(ledger))))
     _text(folder / "trials.csv", trials_csv(ledger))
     for trial in best_first(ledger)[:1]:
         try:
-            write_experiment(ledger, folder, trial, place=1)
+            write_experiment(ledger, folder, trial, f"{ledger.name}_best")
         except ValueError as error:
             log.warning("%s", error)
 
@@ -95,10 +95,11 @@ def trials_csv(ledger: Ledger) -> str:
     return out.getvalue()
 
 
-def write_experiment(ledger: Ledger, folder: Path, trial: FrozenTrial, place: int) -> str:
-    """The configuration of a trial as FOLDER/experiment/NAME.yaml; returns NAME. Raises ValueError."""
-    name = f"{ledger.name}_best" if place == 1 else f"{ledger.name}_best_{place}"
-    there = Path(run_of(trial)["folder"]) / ".hydra"
+def write_experiment(ledger: Ledger, folder: Path, trial: FrozenTrial, name: str) -> None:
+    """The configuration of a trial as FOLDER/experiment/NAME.yaml. Raises ValueError."""
+    there = folder / str(trial.number) / ".hydra"
+    if not there.is_dir():
+        there = Path(run_of(trial)["folder"]) / ".hydra"
     if not (there / "config.yaml").is_file():
         raise ValueError(
             f"the configuration of trial {trial.number} is not on this machine: {there} (it ran on "
@@ -121,7 +122,6 @@ def write_experiment(ledger: Ledger, folder: Path, trial: FrozenTrial, place: in
         *(f"  - override /{group}: {choices[group]}" for group in GROUPS if group in config),
     ]
     _text(file, "\n".join(head) + "\n" + OmegaConf.to_yaml(config))
-    return name
 
 
 def command(folder: Path, name: str) -> str:
@@ -135,12 +135,14 @@ def verdict(ledger: Ledger, folder: Path) -> str:
     ranked = best_first(ledger)
     if ranked:
         best = ranked[0]
+        several = len(ledger.study.directions) > 1
         setting = " ".join(f"{key}={value}" for key, value in best.user_attrs["setting"].items())
+        words = "first setting of the Pareto front" if several else "best setting"
         lines += [
-            f"best setting (trial {best.number}): {setting}",
+            f"{words} (trial {best.number}): {setting}",
             f"  again: {command(folder, f'{ledger.name}_best')}",
+            f"  more seeds: brqat-study confirm {folder}",
         ]
-        lines += [f"  more seeds: brqat-study confirm {folder}"]
     return "\n".join([*lines, f"trials.csv and optimization_results.yaml are in {folder}"])
 
 

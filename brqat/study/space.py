@@ -74,6 +74,7 @@ def _reads_as_text(value: str) -> bool:
 def description(
     distributions: Mapping[str, BaseDistribution],
     controls: list[dict],
+    constraints: Mapping,
     objective: dict[str, str],
     config: Mapping[str, Any],
 ) -> dict[str, str]:
@@ -83,6 +84,7 @@ def description(
     """
     said = {f"search {name}": _text_of(distribution) for name, distribution in distributions.items()}
     said["control"] = json.dumps(controls)
+    said["constraints"] = json.dumps(constraints)
     said["objective"] = ", ".join(f"{name} ({direction})" for name, direction in objective.items())
     swept = {*distributions, *(key for setting in controls for key in setting)}
     settings = {

@@ -6,26 +6,39 @@ The lock is the operating system's or the database's own, so that it falls with 
 import errno
 import functools
 import hashlib
+import logging
 import os
+import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
 from filelock import FileLock
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, InterfaceError, NoSuchModuleError, OperationalError
 from sqlalchemy.pool import NullPool
+
+log = logging.getLogger(__name__)
 
 BUSY_S = 60.0  # that a writer waits for another one of an SQLite file
 UNREACHABLE_S = 60.0  # that a database may be away before we give up on it
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+
+
+# In what a database's driver says when the server is away, and not when the address is wrong.
+_MAY_PASS = ("refused", "timeout", "timed out", "starting up", "shutting down", "closed", "reset", "too many")
+
+
+class Unreachable(RuntimeError):
+    """The database has not answered for UNREACHABLE_S."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +51,17 @@ class Storage:
     locks: Engine | None  # of PostgreSQL
 
     @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """One worker at a time, on whatever host. What a worker that dies inside leaves, the next one finds."""
+    def exclusive(self) -> Iterator[Callable[[], None]]:
+        """One worker at a time, on whatever host. What a worker that dies inside leaves, the next one finds.
+
+        Yields a function that raises if the lock is no longer ours: a database may drop the connection that holds it.
+        """
         if self.lock_file is not None:
             with FileLock(self.lock_file):
-                yield
+                yield lambda: None
         else:
-            with _advisory_lock(self.locks):
-                yield
+            with _advisory_lock(self.locks) as check:
+                yield check
 
 
 def open_storage(where: str | None, folder: Path, create: bool = True) -> Storage:
@@ -61,8 +77,9 @@ def open_storage(where: str | None, folder: Path, create: bool = True) -> Storag
         where = f"journal:///{folder / 'study.journal'}"
     kind, separator, path = str(where).partition("://")
     if not separator or kind.split("+")[0] not in ("sqlite", "journal", "postgresql"):
+        shown = re.sub("//[^/@]*@", "//***@", str(where))
         raise ValueError(
-            f"hydra.sweeper.storage={where} is not known. Write null (SQLite in the sweep's folder), journal, "
+            f"hydra.sweeper.storage={shown} is not known. Write null (SQLite in the sweep's folder), journal, "
             "sqlite:///PATH, journal:///PATH or postgresql://USER:PASSWORD@HOST/DATABASE."
         )
     if kind.split("+")[0] == "postgresql":
@@ -84,6 +101,33 @@ def is_full(error: BaseException | None) -> bool:
     return False
 
 
+def is_away(error: BaseException | None) -> bool:
+    """Whether an error says that the storage could not be reached, which may pass."""
+    while error is not None:
+        if isinstance(error, (OperationalError, InterfaceError, StorageInternalError, Unreachable)):
+            return not is_full(error)
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def patiently(method: Callable) -> Callable:
+    """Repeats a method while the storage is away, for UNREACHABLE_S: a database that restarts costs no trial."""
+
+    @functools.wraps(method)
+    def call(*args, **kwargs):
+        given_up = time.monotonic() + UNREACHABLE_S
+        while True:
+            try:
+                return method(*args, **kwargs)
+            except Exception as error:
+                if not is_away(error) or time.monotonic() > given_up:
+                    raise
+                log.warning("the study's storage does not answer (%s): trying again", str(error).splitlines()[0])
+                time.sleep(1)
+
+    return call
+
+
 # ---- the three kinds; a process of its own, since a fork must not share connections
 
 
@@ -92,7 +136,12 @@ def _sqlite(file: Path, process: int) -> Storage:
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = file.with_name(f".{file.name}.lock")
     with FileLock(lock):  # several workers would otherwise create the tables at once
-        storage = RDBStorage(f"sqlite:///{file}", engine_kwargs={"connect_args": {"timeout": BUSY_S}})
+        try:
+            storage = RDBStorage(f"sqlite:///{file}", engine_kwargs={"connect_args": {"timeout": BUSY_S}})
+        except DatabaseError as error:
+            if "file is not a database" not in str(error):
+                raise
+            raise ValueError(f"{file} is no SQLite database, and so no study.") from error
     return Storage(f"sqlite:///{file}", _cached(storage), lock, None)
 
 
@@ -133,29 +182,36 @@ def _psycopg(url: str) -> str:
 
 
 @contextmanager
-def _advisory_lock(engine: Engine) -> Iterator[None]:
-    """PostgreSQL's lock on a number made of the database's name; held by a connection of its own."""
+def _advisory_lock(engine: Engine) -> Iterator[Callable[[], None]]:
+    """PostgreSQL's lock on a number made of the database's name; held by a connection of its own.
+
+    It belongs to a session: a pooler between us and the database must pool sessions, not transactions.
+    """
     key = int.from_bytes(hashlib.sha256(f"brqat {engine.url.database}".encode()).digest()[:8], signed=True)
     with _connection(engine) as connection:
         connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": key})
         try:
-            yield
+            yield lambda: connection.execute(text("SELECT 1"))
         finally:
-            connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": key})
+            with suppress(OperationalError):  # the lock fell with its connection
+                connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": key})
 
 
 @contextmanager
 def _connection(engine: Engine):
     """An open connection; a database that restarts is waited for."""
     given_up = time.monotonic() + UNREACHABLE_S
+    shown = engine.url.render_as_string(hide_password=True)
     while True:
         try:
             connection = engine.connect()
             break
         except OperationalError as error:
+            if not any(words in str(error).lower() for words in _MAY_PASS):
+                raise ValueError(f"{shown} cannot be used: {error.orig}") from error
             if time.monotonic() > given_up:
-                shown = engine.url.render_as_string(hide_password=True)
-                raise ValueError(f"no database answers at {shown}: {error.orig}") from error
+                raise Unreachable(f"no database answers at {shown}: {error.orig}") from error
+            log.warning("no database answers at %s: trying again", shown)
             time.sleep(1)
     with connection.execution_options(isolation_level="AUTOCOMMIT"):
         yield connection

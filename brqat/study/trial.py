@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -21,7 +22,7 @@ from optuna.trial import TrialState
 
 from brqat.files import config_dir
 from brqat.study.ledger import Ledger, NotOurs, Rules
-from brqat.study.storage import is_full, open_storage
+from brqat.study.storage import is_away, is_full, open_storage
 from brqat.tracking.files import Identity
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ FIGURES = (
     "status", "error", "val_acc", "val_loss", "test_acc", "float_test_acc", "best_epoch", "last_epoch", "epochs",
     "seconds", "weight_bits", "act_bits", "weight_bytes", "bops", "seed", "device", "config_hash", "wandb_run_id",
 )  # fmt: skip
+NUMBERS = tuple(key for key in FIGURES if key not in ("status", "error", "device", "config_hash", "wandb_run_id"))
 NOT_MET = 1e18  # of a constraint on a figure that the run did not come to
 
 
@@ -44,6 +46,7 @@ class Trial:
     token: str
     uid: str  # of the study
     prunes: bool
+    lost: NotOurs | None = None  # that another worker has taken the row
 
     @property
     def study_name(self) -> str:
@@ -57,7 +60,14 @@ class Trial:
 
     def hopeless(self, step: int, value: float) -> bool:
         """Whether the pruner gives the trial up, having seen the value at this step. Raises NotOurs."""
+        if self.lost is not None:
+            raise self.lost
         return self.prunes and self.ledger.report(self.number, self.token, step, value)
+
+    @property
+    def forced(self) -> bool:
+        """Whether the study has gone on with other settings than it began with."""
+        return "forced" in self.ledger.attrs
 
     @contextmanager
     def beating(self) -> Iterator[None]:
@@ -68,8 +78,9 @@ class Trial:
             while not over.wait(self.ledger.rules.heartbeat_s):
                 try:
                     self.ledger.beat(self.number, self.token)
-                except NotOurs:
-                    return  # hopeless() and tell() find out for themselves
+                except NotOurs as reason:
+                    self.lost = reason
+                    return
                 except Exception as error:  # a database that restarts
                     log.warning("trial %d: no sign of life could be given (%s)", self.number, error)
 
@@ -104,7 +115,7 @@ def run_trial(run: Callable[[Trial], dict], node: DictConfig, sweeper: DictConfi
                 if type(error).__name__ == "UncompletedJobError":  # submitit's: out of time, and not to be queued again
                     ledger.requeue(trial.number, trial.token, f"{error}", counts=True)
                     raise
-                if is_full(error):
+                if is_full(error) or is_away(error):
                     with suppress(Exception):  # the study's file may lie on the same disk; its silence tells then
                         ledger.requeue(trial.number, trial.token, f"{error}", counts=False)
                     raise
@@ -154,12 +165,12 @@ def pruner_of(node: DictConfig | str) -> BasePruner:
 def sampler_of(node: DictConfig, number: int) -> BaseSampler:
     """The sampler for the row of a number.
 
-    Its seed is that of the config plus the number: workers differ and a repeat of a row does not. Quasi-random
+    Its seed is made of the config's and the number: workers differ and a repeat of a row does not. Quasi-random
     sequences keep theirs, since their order is what they are about.
     """
     arguments = {}
     if node.get("seed") is not None and not node._target_.endswith("QMCSampler"):
-        arguments["seed"] = node.seed + number
+        arguments["seed"] = int(np.random.SeedSequence([node.seed, number]).generate_state(1)[0])
     if node._target_.endswith("GridSampler"):  # all its settings are rows from the start
         return optuna.samplers.RandomSampler()
     return instantiate(_alone(node), _execution_whitelist_=SAMPLERS, **arguments)
@@ -179,9 +190,11 @@ def constraint_values(constraints: Mapping | None, figures: Mapping) -> dict[str
     for figure, bounds in (constraints or {}).items():
         if not isinstance(bounds, (Mapping, DictConfig)) or not bounds or not bounds.keys() <= {"min", "max"}:
             raise ValueError(f"hydra.sweeper.constraints.{figure}={bounds} has no bound. Write {{max: 20000}}.")
-        if figure not in FIGURES:
-            raise ValueError(f"hydra.sweeper.constraints.{figure}: no figure of a run. Known: {', '.join(FIGURES)}.")
+        if figure not in NUMBERS:
+            raise ValueError(f"hydra.sweeper.constraints.{figure}: no figure of a run. Known: {', '.join(NUMBERS)}.")
         for side, bound in bounds.items():
+            if isinstance(bound, bool) or not isinstance(bound, (int, float)):
+                raise ValueError(f"hydra.sweeper.constraints.{figure}.{side}={bound!r} cannot be: write a number.")
             value = figures.get(figure)
             if value is None or not math.isfinite(value):
                 found[f"{figure} {side}"] = NOT_MET

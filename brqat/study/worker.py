@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import secrets
 import signal
 import threading
@@ -27,20 +28,18 @@ from optuna.pruners import NopPruner
 from optuna.trial import TrialState
 
 from brqat.provenance import source_hash
-from brqat.settings import OBJECTIVES
+from brqat.settings import OBJECTIVES, what_determines
 from brqat.study import results
 from brqat.study.board import board, trial_line
 from brqat.study.ledger import Asked, Ledger, Space
 from brqat.study.space import controls_of, description, difference, overrides_of
-from brqat.study.storage import Storage, is_full, open_storage
+from brqat.study.storage import Storage, is_away, is_full, open_storage
 from brqat.study.trial import constraint_values, open_ledger, sampler_of
 
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 2.0  # at other workers' trials, while there is nothing to run
 GRACE_S = 15.0  # that a batch job has for coming back, once its trial is over or somebody else's
-# What of the composed config two workers of a study may differ in.
-MAY_DIFFER = ("tracking", "resume", "cache_dir", "dataset.cache_dir", "dataset.workers", "dataset.root", "trial")
 
 
 class Worker:
@@ -62,7 +61,8 @@ class Worker:
         n_jobs = self.sweeper.n_jobs
         try:
             self.space, self.fixed = self._read(arguments)
-            self.ledger = self._open()
+            with _machine_at_fault_said():
+                self.ledger = self._open()
         except ValueError as error:  # the user's: a sentence, not a traceback
             if "HYDRA_FULL_ERROR" in os.environ:
                 raise
@@ -70,7 +70,7 @@ class Worker:
             raise SystemExit(2) from None
         self.said = {trial.number for trial in self.ledger.trials() if trial.state.is_finished()}
         log.info("study %s in %s", self.ledger.name, self.ledger.storage.where)
-        with _sigterm_ends(), board(self.ledger):
+        with _machine_at_fault_said(), _sigterm_ends(), board(self.ledger):
             try:
                 if self.threaded and n_jobs > 1:
                     self._in_threads(n_jobs)
@@ -79,7 +79,7 @@ class Worker:
             finally:
                 self._say_ended()
                 with self.ledger.storage.exclusive():
-                    results.write(self.ledger, self.folder, self.config)
+                    results.write(self.ledger, self.folder)
         log.info("%s", results.verdict(self.ledger, self.folder))
 
     # ---- before the first trial
@@ -88,7 +88,8 @@ class Worker:
         """The space, and the overrides that all trials share."""
         params = [f"{key}={value}" for key, value in (self.sweeper.params or {}).items()]
         distributions, fixed, deletions = create_params_from_overrides(params + arguments)
-        distributions = {name: d for name, d in distributions.items() if name not in fixed}
+        plain = {name.lstrip("+") for name in fixed}
+        distributions = {name: d for name, d in distributions.items() if name.lstrip("+") not in plain}
         overrides = [*(f"{name}={value}" for name, value in fixed.items()), *deletions]
         extend = None
         if self.sweeper.custom_search_space:
@@ -104,7 +105,7 @@ class Worker:
             names = list(distributions)
             values = [OptunaSweeperImpl._to_grid_sampler_choices(distributions[name]) for name in names]
             grid = [dict(zip(names, row, strict=True)) for row in itertools.product(*values)]
-        controls = controls_of(self.sweeper.control, distributions, set(fixed))
+        controls = controls_of(self.sweeper.control, distributions, plain)
         return Space(distributions, controls, grid, extend), overrides
 
     def _open(self) -> Ledger:
@@ -115,21 +116,17 @@ class Worker:
         base = self.config_loader.load_sweep_config(self.config, self.fixed)
         objective = self._objective(base)
         constraint_values(self.sweeper.constraints, {})
-        plain = OmegaConf.to_container(
-            OmegaConf.masked_copy(base, [key for key in base if key != "hydra"]), resolve=True
-        )
-        for key in MAY_DIFFER:
-            *groups, last = key.split(".")
-            functools.reduce(lambda node, group: node.get(group) or {}, groups, plain).pop(last, None)
-        here = description(self.space.distributions, self.space.controls, objective, plain)
+        constraints = OmegaConf.to_container(self.sweeper.constraints or OmegaConf.create({}))
+        here = description(self.space.distributions, self.space.controls, constraints, objective, what_determines(base))
+        self._warn_of_a_password()
         storage = open_storage(self.sweeper.storage, self.folder)
         with storage.exclusive():
             self._create_or_check(storage, here, list(objective.values()))
             ledger = open_ledger(self.sweeper, self.folder)
-            if not isinstance(ledger.study.pruner, NopPruner) and len(objective) > 1:
+            if not isinstance(ledger.study.pruner, NopPruner) and list(objective) not in (["val_acc"], ["val_loss"]):
                 raise ValueError(
-                    f"{type(ledger.study.pruner).__name__} cannot weigh {len(objective)} objectives: "
-                    "write hydra/sweeper/pruner=none."
+                    f"{type(ledger.study.pruner).__name__} compares epochs by val_acc or val_loss, and "
+                    f"objective={list(objective)}: write hydra/sweeper/pruner=none."
                 )
             sampler_of(self.sweeper.sampler, 0)
             ledger.enqueue(self.space.controls, control=True)
@@ -138,6 +135,14 @@ class Worker:
                 # No more than these: another trial would repeat one.
                 ledger.rules = replace(ledger.rules, n_trials=min(ledger.rules.n_trials, len(ledger.trials())))
         return ledger
+
+    def _warn_of_a_password(self) -> None:
+        literal = not OmegaConf.is_interpolation(self.sweeper, "storage")
+        if literal and re.search("//[^/@:]*:[^/@]+@", str(self.sweeper.storage)):
+            log.warning(
+                "the password in hydra.sweeper.storage stands in every trial's .hydra/hydra.yaml and on a dashboard; "
+                "better: PGPASSWORD, ~/.pgpass, or hydra.sweeper.storage='${oc.env:BRQAT_STORAGE}'"
+            )
 
     def _objective(self, base: DictConfig) -> dict[str, str]:
         """Name -> direction. hydra.sweeper.direction may be left out; if given, it must be what the objective means."""
@@ -162,7 +167,8 @@ class Worker:
         name = self.sweeper.study_name
         names = [study.study_name for study in storage.optuna.get_all_studies()]
         if name not in names:
-            left = sorted(path.parent.name for path in self.folder.glob("*/summary.json") if path.parent.name.isdigit())
+            runs = [*self.folder.glob("*/summary.json"), *self.folder.glob("*/last.pt")]
+            left = sorted({path.parent.name for path in runs if path.parent.name.isdigit()})
             if left:
                 raise ValueError(
                     f"{self.folder} holds runs ({', '.join(left[:5])}{', ...' if len(left) > 5 else ''}) but "
@@ -215,6 +221,8 @@ class Worker:
 
     def _loop(self, size: int) -> None:
         """Runs trials, `size` at once, until none is left; waits for those of other workers, in case one dies."""
+        if self.local:
+            size = 1  # one after the other anyway: none is to be kept from other workers
         waiting = False
         while True:
             batch = self._ask(size)
@@ -253,7 +261,7 @@ class Worker:
     def _ask(self, size: int) -> list[Asked]:
         batch: list[Asked] = []
         sampler = functools.partial(sampler_of, self.sweeper.sampler)
-        while len(batch) < size and (asked := self.ledger.next_trial(self.space, sampler)):
+        while len(batch) < size and (asked := self.ledger.next_trial(self.space, sampler, queued=not self.local)):
             batch.append(asked)
         return batch
 
@@ -274,15 +282,15 @@ class Worker:
             # Which job it was the launcher does not say, and the others may run on: their locks and beats tell.
             for asked in self._not_started(batch) if broken else batch:
                 reason = f"its job ended without a word ({errors[0]})" if errors else "its job ended without a word"
-                self.ledger.requeue(asked.number, asked.token, reason, counts=not blameless)
-        self._say_ended()
+                with suppress(*([Exception] if blameless else [])):  # the study may lie on the disk that is full
+                    self.ledger.requeue(asked.number, asked.token, reason, counts=not blameless)
         for error in errors:
             if is_full(error):
-                log.error("the disk is full (%s). Nothing is lost: make room and give the same command again.", error)
-                raise SystemExit(1)
+                raise error
             if _is_refused(error):
                 log.error("no job can be submitted: %s", error)
                 raise SystemExit(1)
+        self._say_ended()
 
     def _returns(self, batch: list[Asked]) -> Sequence[JobReturn]:
         """What the launcher returns. The job of a batch system is not waited for once its trial is out of its hands:
@@ -374,6 +382,22 @@ class Worker:
 def _is_refused(error: BaseException) -> bool:
     """Whether submitit could not submit a job at all: a partition that does not exist, say."""
     return any(frame.name == "_submit_command" for frame in traceback.extract_tb(error.__traceback__))
+
+
+@contextmanager
+def _machine_at_fault_said() -> Iterator[None]:
+    """Inside, a full disk or an absent database ends the worker with a sentence, wherever it was met."""
+    try:
+        yield
+    except Exception as error:
+        said = str(error).splitlines()[0] if str(error) else repr(error)
+        if is_full(error):
+            log.error("the disk is full (%s). Nothing is lost: make room and give the same command again.", said)
+        elif is_away(error):
+            log.error("the storage is away (%s). Nothing is lost: give the same command again.", said)
+        else:
+            raise
+        raise SystemExit(1) from None
 
 
 @contextmanager

@@ -73,6 +73,11 @@ class RunFiles:
         if kept:
             write_whole(self.histograms, lambda file: np.savez_compressed(file, **kept))
 
+    def clear(self) -> None:
+        """Removes the run."""
+        for path in (self.summary, self.last, self.best, self.next_best, self.metrics, self.levels, self.histograms):
+            path.unlink(missing_ok=True)
+
     def epochs(self) -> list[tuple[dict, list[dict], dict[str, np.ndarray]]]:
         """What add_epoch was given, epoch by epoch."""
         histograms = self.read_histograms()
