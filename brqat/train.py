@@ -115,8 +115,11 @@ def run(cfg: DictConfig, folder: Path, trial: "Trial | None" = None) -> dict:
             summary |= _run(cfg, files, dashboard, stop, trial)
         except Interrupted as signal:
             summary |= {"status": "interrupted", "error": f"stopped by {signal}"}
-            log.warning("stopped by %s. To go on: the same command with resume=true and this folder", signal)
-            log.warning("(hydra.run.dir=%s, or under -m the same hydra.sweep.dir)", folder)
+            if trial:
+                log.warning("stopped by %s. To go on: the same command", signal)
+            else:
+                log.warning("stopped by %s. To go on: the same command with resume=true and this folder", signal)
+                log.warning("(hydra.run.dir=%s, or under -m the same hydra.sweep.dir)", folder)
             raise SystemExit(128 + signal.number) from None
         except Diverged as error:  # of the float baseline; a run's own is met in _run, which knows more of it
             log.error("%s", error)

@@ -27,11 +27,14 @@ class Worker:
 
     def __init__(self, pid: int, log: Path):
         self.pid, self.log = pid, log
+        self.code: int | None = None  # once it is known
 
     def poll(self) -> int | None:
         """Its exit code, minus the signal that it died of; None while it runs."""
         status = self.log.with_suffix(".status")
-        return int(status.read_text()) if status.exists() else None
+        if self.code is None and status.exists():
+            self.code = int(status.read_text())
+        return self.code
 
     def wait(self) -> int:
         until = time.monotonic() + PATIENCE_S
@@ -61,6 +64,7 @@ class Nursery:
         self, log: Path, overrides: list[str], env: dict[str, str], hook: tuple[str, int] | None = None
     ) -> Worker:
         """log: where its output goes. hook: the name of a function below, and N."""
+        log.touch()
         print(json.dumps([str(log), overrides, env, hook]), file=self.process.stdin, flush=True)
         self.workers.append(Worker(int(self.process.stdout.readline()), log))
         return self.workers[-1]
@@ -87,10 +91,10 @@ def between_trials(is_now) -> None:
 
     ask = Ledger.next_trial
 
-    def next_trial(self, *arguments):
+    def next_trial(self, *arguments, **named):
         if is_now():
             die()
-        return ask(self, *arguments)
+        return ask(self, *arguments, **named)
 
     Ledger.next_trial = next_trial
 
@@ -177,6 +181,7 @@ def be_worker(log: str, overrides: list[str], env: dict[str, str], hook: tuple[s
     if hook is not None:
         HOOKS[hook[0]](countdown(hook[1]))
     sys.argv[1:] = overrides
+    del sys.modules["brqat.train"]  # which under -m runs as __main__
     runpy.run_module("brqat.train", run_name="__main__", alter_sys=True)
 
 

@@ -27,6 +27,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from sqlalchemy import Engine, event
+from sqlalchemy.exc import OperationalError
 
 import brqat.study.ledger
 from brqat.files import config_dir
@@ -34,7 +35,7 @@ from brqat.study import results, storage, trial
 from brqat.study.board import best_first, standing
 from brqat.study.ledger import Ledger, NotOurs, Rules, Space, run_of
 from brqat.study.space import controls_of, description, difference, overrides_of
-from brqat.study.storage import is_full, open_storage
+from brqat.study.storage import is_away, is_full, open_storage, patiently
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
@@ -196,7 +197,7 @@ def test_row_of_a_worker_that_died_while_it_asked_is_taken_at_once(opened, monke
     one, other = opened(), opened()
     with monkeypatch.context() as patch:
         if where == "before its lease":
-            patch.setattr(one, "_lease", lambda trial: Dies().sample_independent(None, None, "strength", None))
+            patch.setattr(one, "_lease", lambda *_: Dies().sample_independent(None, None, "strength", None))
         with pytest.raises(KeyboardInterrupt):
             ask(one, make=Dies if where == "while it draws" else sampler)
     left = other.row(0)
@@ -244,11 +245,32 @@ def test_on_one_machine_the_lock_in_the_folder_decides_however_long_the_silence(
     assert "is gone" in observer.row(0).user_attrs["lease"]["reason"]
 
 
-def test_trial_whose_worker_died_before_it_started_is_taken_after_three_silent_beats(opened, monkeypatch):
+def gone():
+    """The number of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_trial_whose_worker_died_before_it_started_is_taken_at_once(opened, monkeypatch):
+    owner, observer = opened(), opened()
+    alive = ask(owner)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, "requeue_dead", lambda: None)
+        patch.setattr(brqat.study.ledger, "os", SimpleNamespace(getpid=gone))
+        dead = ask(owner)
+    observer.requeue_dead()
+    assert observer.row(alive.number).state == TrialState.RUNNING
+    assert observer.row(dead.number).state == TrialState.WAITING
+
+
+def test_job_that_waits_in_a_queue_is_lost_after_three_silent_beats_whoever_queued_it(opened, monkeypatch):
     owner, observer = opened(), opened()
     clock = SimpleNamespace(now=0)
     monkeypatch.setattr(brqat.study.ledger, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    ask(owner)
+    with monkeypatch.context() as patch:
+        patch.setattr(brqat.study.ledger, "os", SimpleNamespace(getpid=gone))
+        owner.next_trial(SPACE, sampler, queued=True)
     for clock.now, state in ((0, TrialState.RUNNING), (30, TrialState.RUNNING), (31, TrialState.WAITING)):
         observer.requeue_dead()
         assert observer.row(0).state == state
@@ -407,18 +429,18 @@ def test_each_point_of_a_grid_is_run_once_by_two_workers_of_which_one_dies(opene
 
 def test_best_is_within_its_constraints_and_was_measured(opened):
     ledger = opened(n_trials=9)
-    for value, beyond, status in (
-        (0.5, -1.0, "completed"),
-        (0.9, 1.0, "completed"),
-        (0.7, 0.0, "completed"),
-        (1.0, -1.0, "diverged"),
-        (0.7, -1.0, "completed"),
+    for value, loss, beyond, status in (
+        (0.5, 0.9, -1.0, "completed"),
+        (0.9, 0.1, 1.0, "completed"),
+        (0.7, 0.5, -1.0, "completed"),
+        (1.0, 0.0, -1.0, "diverged"),
+        (0.7, 0.4, 0.0, "completed"),
     ):
-        end(ledger, ask(ledger), value, constraints={"bops max": beyond}, status=status)
+        end(ledger, ask(ledger), value, constraints={"bops max": beyond}, status=status, val_loss=loss)
     end(ledger, ask(ledger), state=TrialState.PRUNED, status="pruned")
-    assert [row.number for row in best_first(ledger)] == [2, 4, 0]
-    assert standing(ledger).best.number == results.summary(ledger)["best_trial"] == 2
-    assert "best 0.7000 (trial 2)" in standing(ledger).in_words()
+    assert [row.number for row in best_first(ledger)] == [4, 2, 0]
+    assert standing(ledger).best.number == results.summary(ledger)["best_trial"] == 4
+    assert "best 0.7000 (trial 4)" in standing(ledger).in_words()
 
 
 def test_best_of_a_minimized_objective_is_the_least(opened):
@@ -466,7 +488,10 @@ def test_constraint_on_a_figure_that_is_missing_is_not_met(figure):
         ({"bops": 5}, "has no bound"),
         ({"bops": {}}, "has no bound"),
         ({"bops": {"below": 5}}, "has no bound"),
+        ({"bops": {"max": "few"}}, "bops.max='few' cannot be"),
+        ({"bops": {"max": True}}, "bops.max=True cannot be"),
         ({"size": {"max": 5}}, "size: no figure of a run. Known: .*weight_bytes"),
+        ({"status": {"max": 5}}, "status: no figure of a run"),
     ],
 )
 def test_constraint_that_says_nothing_is_refused(bounds, said):
@@ -536,6 +561,7 @@ def test_diverged_trials_are_results_and_no_failures(opened):
         ({"max_failures": "many"}, "max_failures='many'"),
         ({"heartbeat_s": 0}, "heartbeat_s=0"),
         ({"heartbeat_s": "often"}, "heartbeat_s='often'"),
+        ({"max_failure_rate": 1.5}, "max_failure_rate=1.5"),
     ],
 )
 def test_rules_that_cannot_be_are_refused(rules, said):
@@ -577,11 +603,13 @@ def test_description_leaves_out_what_is_swept_and_the_difference_names_the_rest(
         "quantizer": {"bits": 4, "start": "lsq"},
     }
     distributions = {"quantizer.bits": IntDistribution(2, 4), "bits": FloatDistribution(0.1, 1)}
-    there = description(distributions, [{"seed": 0}], {"val_acc": "maximize"}, config)
+    bounds = {"bops": {"max": 9}}
+    there = description(distributions, [{"seed": 0}], bounds, {"val_acc": "maximize"}, config)
     assert there == {
         "search quantizer.bits": 'int {"log": false, "step": 1, "low": 2, "high": 4}',
         "search bits": 'float {"step": null, "low": 0.1, "high": 1.0, "log": false}',
         "control": '[{"seed": 0}]',
+        "constraints": '{"bops": {"max": 9}}',
         "objective": "val_acc (maximize)",
         "model.width": "16",
         "model.more": "{}",
@@ -615,7 +643,7 @@ def test_setting_goes_through_the_command_line_unchanged():
     ("where", "said"),
     [
         ("redis", "storage=redis is not known. Write null"),
-        ("mysql://u@h/d", "not known. Write null .*postgresql://USER"),
+        ("mysql://u:secret@h/d", r"storage=mysql://\*\*\*@h/d is not known. Write null .*postgresql://USER"),
         ("study.db", "not known. Write null"),
         ("postgresql+nosuch://u@h/d", "no database address"),
     ],
@@ -698,6 +726,37 @@ def test_full_disk_is_told_from_other_errors_through_what_caused_them():
     assert not is_full(ValueError("bits=9")) and not is_full(None)
 
 
+def test_database_that_is_away_is_told_from_one_that_refuses_and_is_waited_for(monkeypatch):
+    away = OperationalError("SELECT 1", {}, Exception("connection refused"))
+    assert is_away(away) and not is_away(ValueError("bits=9")) and not is_away(None)
+    assert not is_away(OperationalError("INSERT", {}, Exception("database or disk is full")))
+    calls = []
+
+    @patiently
+    def method(times, error):
+        calls.append(error)
+        if len(calls) <= times:
+            raise error
+        return len(calls)
+
+    monkeypatch.setattr(storage, "time", SimpleNamespace(monotonic=lambda: 25.0 * len(calls), sleep=lambda _: None))
+    assert method(2, away) == 3
+    calls.clear()
+    with pytest.raises(OperationalError):
+        method(9, away)
+    assert len(calls) == 3  # 60 s have passed
+    calls.clear()
+    with pytest.raises(ValueError):
+        method(1, ValueError("bits=9"))
+    assert len(calls) == 1
+
+
+def test_file_that_is_no_study_is_refused(tmp_path):
+    (tmp_path / "study.db").write_text("not a database, but long enough to be taken for one" * 20)
+    with pytest.raises(ValueError, match="is no SQLite database"):
+        open_storage(None, tmp_path, create=False)
+
+
 @pytest.mark.parametrize("where", ["sqlite", "journal"])
 def test_two_do_not_hold_the_studys_lock_at_once(tmp_path, where):
     there = open_storage(where, tmp_path)
@@ -744,9 +803,11 @@ def draws(node, number):
     return trial.sampler_of(OmegaConf.create(node), number)._rng.rng.random(3).tolist()
 
 
-def test_seed_of_a_sampler_is_the_configs_plus_the_number_of_the_trial():
+def test_seed_of_a_sampler_is_made_of_the_configs_and_the_number_of_the_trial():
     node = {"_target_": "optuna.samplers.RandomSampler", "seed": 5}
-    assert draws(node, 3) == draws(node, 3) == draws(node | {"seed": 8}, 0) != draws(node, 4)
+    assert draws(node, 3) == draws(node, 3)
+    others = [draws(node | {"seed": seed}, number) for seed in (5, 6) for number in range(20)]
+    assert len({str(one) for one in others}) == 40  # no study repeats another one's, a trial late
     unseeded = node | {"seed": None}
     assert draws(unseeded, 3) != draws(unseeded, 3)
 

@@ -28,6 +28,8 @@ GROUPS = ("quantizer", "regularizer", "alpha_policy", "dataset", "model", "optim
 def write(ledger: Ledger, folder: Path) -> None:
     """All three. The caller holds the study's lock."""
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".*.tmp"):  # of a worker that was killed here
+        left.unlink(missing_ok=True)
     _text(folder / "optimization_results.yaml", OmegaConf.to_yaml(OmegaConf.create(summary(ledger))))
     _text(folder / "trials.csv", trials_csv(ledger))
     for trial in best_first(ledger)[:1]:
