@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 from runs import REPO, SYNTHETIC, assert_same_run, overrides_of, records, rows, summary
 
 import brqat.train
+from brqat import checkpoint
 from brqat.study import cli
 from brqat.study.ledger import Ledger, run_of
 from brqat.study.storage import open_storage
@@ -223,6 +224,43 @@ def test_forced_study_goes_on_with_other_settings_and_keeps_note_of_it(copied, c
     assert any("+ epochs: 3" in line for line in ledger_of(copied).attrs["forced"][0])
     code, said = call(*study(copied, *SEARCH, *given))  # from now on these are its settings
     assert code == 0
+
+
+@pytest.fixture
+def interrupted(copied, call, monkeypatch):
+    """The study with a sixth trial that was stopped after its first epoch."""
+    save = checkpoint.save
+
+    def stop(path, state):
+        save(path, state)
+        if path == copied / "5/last.pt":
+            raise SystemExit(143)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", stop)
+        assert call(*study(copied, *SEARCH, "hydra.sweeper.n_trials=6"))[0] == 143
+    assert ledger_of(copied).row(5).state == TrialState.WAITING and summary(copied / "5")["status"] == "interrupted"
+    return copied
+
+
+def test_interrupted_trial_goes_on_in_its_row_from_its_checkpoint(interrupted, call):
+    (before,) = rows(interrupted / "5/metrics.jsonl")
+    setting = ledger_of(interrupted).row(5).user_attrs["setting"]
+    code, said = call(*study(interrupted, *SEARCH, "hydra.sweeper.n_trials=6"))
+    assert code == 0 and "resumed after epoch 1" in said and "6 of 6 trials ended" in said
+    row = ledger_of(interrupted).row(5)
+    assert row.state == TrialState.COMPLETE and row.user_attrs["setting"] == setting
+    assert row.user_attrs["lease"]["retries"] == 0  # it was stopped and did not die
+    first, second = rows(interrupted / "5/metrics.jsonl")
+    assert first == before and second["epoch"] == 2
+
+
+def test_interrupted_trial_of_a_forced_study_starts_again_with_the_new_settings(interrupted, call):
+    given = ("epochs=3", "hydra.sweeper.n_trials=6", "hydra.sweeper.force=true")
+    code, said = call(*study(interrupted, *SEARCH, *given))
+    assert code == 0 and "starts again" in said and "resumed" not in said
+    assert [row["epoch"] for row in rows(interrupted / "5/metrics.jsonl")] == [1, 2, 3]
+    assert ledger_of(interrupted).row(5).state == TrialState.COMPLETE and summary(interrupted / "5")["epochs"] == 3
 
 
 @pytest.mark.parametrize(

@@ -144,10 +144,14 @@ def _tell(trial: Trial, sweeper: DictConfig, run: dict, state: TrialState, value
 
 def open_ledger(sweeper: DictConfig, folder: Path) -> Ledger:
     """The study that hydra.sweeper names; folder: the sweep's."""
-    rules = Rules(
+    storage = open_storage(sweeper.storage, folder)
+    return Ledger(storage, sweeper.study_name, rules_of(sweeper), pruner_of(sweeper.pruner))
+
+
+def rules_of(sweeper: DictConfig) -> Rules:
+    return Rules(
         sweeper.n_trials, sweeper.heartbeat_s, sweeper.max_retry, sweeper.max_failures, sweeper.max_failure_rate
     )
-    return Ledger(open_storage(sweeper.storage, folder), sweeper.study_name, rules, pruner_of(sweeper.pruner))
 
 
 def pruner_of(node: DictConfig | str) -> BasePruner:

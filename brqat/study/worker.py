@@ -34,7 +34,7 @@ from brqat.study.board import board, trial_line
 from brqat.study.ledger import Asked, Ledger, Space
 from brqat.study.space import controls_of, description, difference, overrides_of
 from brqat.study.storage import Storage, is_away, is_full, open_storage
-from brqat.study.trial import constraint_values, open_ledger, sampler_of
+from brqat.study.trial import constraint_values, open_ledger, pruner_of, rules_of, sampler_of
 
 log = logging.getLogger(__name__)
 
@@ -119,16 +119,18 @@ class Worker:
         constraints = OmegaConf.to_container(self.sweeper.constraints or OmegaConf.create({}))
         here = description(self.space.distributions, self.space.controls, constraints, objective, what_determines(base))
         self._warn_of_a_password()
-        storage = open_storage(self.sweeper.storage, self.folder)
+        rules_of(self.sweeper)
+        pruner = pruner_of(self.sweeper.pruner)
+        sampler_of(self.sweeper.sampler, 0)
+        if not isinstance(pruner, NopPruner) and list(objective) not in (["val_acc"], ["val_loss"]):
+            raise ValueError(
+                f"{type(pruner).__name__} compares epochs by val_acc or val_loss, and objective={list(objective)}: "
+                "write hydra/sweeper/pruner=none."
+            )
+        storage = open_storage(self.sweeper.storage, self.folder)  # nothing is left behind by what was refused above
         with storage.exclusive():
             self._create_or_check(storage, here, list(objective.values()))
             ledger = open_ledger(self.sweeper, self.folder)
-            if not isinstance(ledger.study.pruner, NopPruner) and list(objective) not in (["val_acc"], ["val_loss"]):
-                raise ValueError(
-                    f"{type(ledger.study.pruner).__name__} compares epochs by val_acc or val_loss, and "
-                    f"objective={list(objective)}: write hydra/sweeper/pruner=none."
-                )
-            sampler_of(self.sweeper.sampler, 0)
             ledger.enqueue(self.space.controls, control=True)
             if self.space.grid is not None:
                 ledger.enqueue(self.space.grid)
