@@ -69,6 +69,8 @@ def main(cfg: DictConfig) -> Any:
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
     try:
+        if hydra_cfg.mode == RunMode.RUN and (sweep := hydra_cfg.runtime.choices.get("sweep")):
+            raise ValueError(f"sweep={sweep} is a study of many runs and needs -m: brqat -m sweep={sweep}.")
         if cfg.get("trial") is None:
             return run(cfg, folder)["objective"]
         from brqat.study.trial import run_trial  # here, since a single run has no use for Optuna

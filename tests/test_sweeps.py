@@ -294,6 +294,10 @@ def test_runs_whose_study_was_deleted_are_left_alone(copied, call):
         ([LAMBDA, "hydra.sweeper.pruner=medium"], "pruner=medium is not known"),
         ([LAMBDA, "+hydra.sweeper.constraints.size.max=1"], "size: no figure of a run"),
         ([LAMBDA, "hydra.sweeper.storage=redis"], "storage=redis is not known"),
+        ([LAMBDA, "hydra.sweeper.sampler=nsgaii"], "write hydra/sweeper/sampler=nsgaii"),
+        (["regularizer.lamda=choice(0,1)"], "regularizer.lamda=0: no trial could be composed"),
+        (["alpha_policy=choice(frozen,thawed)"], "alpha_policy=thawed: no trial could be composed"),
+        ([LAMBDA, "seed=choice(0,1,2)"], "seed is not something to search.*brqat-study confirm"),
         ([LAMBDA, "hydra.sweeper.n_jobs=0"], "n_jobs=0 cannot be"),
         ([LAMBDA, "hydra.sweeper.n_trials=0"], "n_trials=0 cannot be"),
         ([LAMBDA, CONTROL, "+hydra.sweeper.control.over=[seed]"], "names seed, which the study does not search"),
@@ -570,3 +574,8 @@ def test_plugin_brings_nothing_heavy_into_other_programs():
     code = "import sys, brqat.study.sweeper; print(*{m.partition('.')[0] for m in sys.modules})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPO).stdout
     assert "brqat" in found.split() and not {"torch", "optuna", "wandb", "sqlalchemy", "pandas"} & set(found.split())
+
+
+def test_sweep_without_multirun_is_refused(tmp_path, call):
+    code, said = call(f"hydra.run.dir={tmp_path}", "sweep=lambda_bits")
+    assert code == 2 and "brqat -m sweep=lambda_bits" in said

@@ -74,7 +74,8 @@ class Standing:
 def standing(ledger: Ledger) -> Standing:
     trials = ledger.trials()
     count = {state: sum(trial.state == state for trial in trials) for state in TrialState}
-    n_trials = max(ledger.rules.n_trials, len(trials)) if ledger.rules else len(trials)
+    wanted = ledger.rules.n_trials if ledger.rules else ledger.attrs.get("n_trials", 0)
+    n_trials = max(wanted, len(trials))
     spent = [_seconds(trial) for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
     # The median: the first trial may have trained the float baseline.
     left = n_trials - sum(trial.state.is_finished() for trial in trials)
@@ -138,23 +139,25 @@ def trial_line(trial: FrozenTrial, ledger: Ledger) -> str:
 
 
 def table(ledger: Ledger, latest: int | None = None) -> Group:
-    """The study in a table: its standing, the running trials, and those that ended, all or the latest."""
+    """The study in a table: its standing, then all trials, or the latest that ended and those that have not."""
     where = standing(ledger)
     rows = Table(box=None, pad_edge=False)
     for head in ("trial", "state", "value", "epochs", "seconds", "host", "setting"):
-        rows.add_column(head, justify="right" if head in ("trial", "value", "epochs", "seconds") else "left")
+        numeric = head in ("trial", "value", "epochs", "seconds")
+        rows.add_column(head, justify="right" if numeric else "left", no_wrap=True, overflow="ellipsis")
     trials = ledger.trials()
     names = _short_names({key for trial in trials for key in trial.user_attrs.get("setting") or {}})
-    running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+    open_ones = [trial for trial in trials if not trial.state.is_finished()]
     ended = sorted((t for t in trials if t.state.is_finished()), key=lambda t: t.datetime_complete)
     ended = ended[-latest:] if latest else ended
-    for trial in [*ended, *running]:
+    shown = [*ended, *open_ones] if latest else trials
+    for trial in shown:
         run, best = run_of(trial), where.best is not None and trial.number == where.best.number
         seen = max(trial.intermediate_values, default=None)
         value = trial.intermediate_values.get(seen) if trial.values is None else trial.values
         rows.add_row(
             str(trial.number),
-            "running" if trial.state == TrialState.RUNNING else run.get("status", trial.state.name.lower()),
+            run.get("status", trial.state.name.lower()) if trial.state.is_finished() else trial.state.name.lower(),
             "" if value is None else ", ".join(f"{v:.4g}" for v in (value if isinstance(value, list) else [value])),
             str(run.get("last_epoch", "")),
             f"{_seconds(trial):.0f}",

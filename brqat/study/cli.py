@@ -87,7 +87,9 @@ def _confirm(given: argparse.Namespace) -> int:
         command += [f"tracking.group={ledger.name}", "tracking.job_type=confirm"]
     command += given.overrides
     print(" ".join(command), flush=True)
-    return subprocess.run(command).returncode
+    code = subprocess.run(command).returncode
+    print(f"mean and spread over the seeds: python -m multirun_analysis {folder / 'confirm'}")
+    return code
 
 
 # ---- the parts

@@ -17,6 +17,7 @@ from optuna.distributions import (
 )
 
 MOST_CONTROLS = 32
+MOST_PROBES = 32
 
 
 def controls_of(control: Mapping | None, distributions: Mapping[str, BaseDistribution], fixed: set[str]) -> list[dict]:
@@ -43,6 +44,16 @@ def _values(name: str, distribution: BaseDistribution) -> list:
     if isinstance(distribution, IntDistribution) and not distribution.log:
         return list(range(distribution.low, distribution.high + 1, distribution.step))
     raise ValueError(f"hydra.sweeper.control.over names {name}, which is no choice and no range of whole numbers.")
+
+
+def probes(distributions: Mapping[str, BaseDistribution]) -> list[dict[str, Any]]:
+    """A few settings in which every choice, and both ends of every range, appears: to be composed before any trial."""
+    values = {
+        name: list(d.choices) if isinstance(d, CategoricalDistribution) else [d.low, d.high]
+        for name, d in distributions.items()
+    }
+    most = min(max(map(len, values.values()), default=0), MOST_PROBES)
+    return [{name: row[index % len(row)] for name, row in values.items()} for index in range(most)]
 
 
 def overrides_of(setting: Mapping[str, Any]) -> list[str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import optuna
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl, create_params_from_overrides
 from omegaconf import DictConfig, OmegaConf
@@ -32,7 +33,7 @@ from brqat.settings import OBJECTIVES, what_determines
 from brqat.study import results
 from brqat.study.board import board, trial_line
 from brqat.study.ledger import Asked, Ledger, Space
-from brqat.study.space import controls_of, description, difference, overrides_of
+from brqat.study.space import controls_of, description, difference, overrides_of, probes
 from brqat.study.storage import Storage, is_away, is_full, open_storage
 from brqat.study.trial import constraint_values, open_ledger, pruner_of, rules_of, sampler_of
 
@@ -86,10 +87,21 @@ class Worker:
 
     def _read(self, arguments: list[str]) -> tuple[Space, list[str]]:
         """The space, and the overrides that all trials share."""
+        if isinstance(self.sweeper.sampler, str):
+            raise ValueError(
+                f"hydra.sweeper.sampler={self.sweeper.sampler} is a word where its settings stand: write "
+                f"hydra/sweeper/sampler={self.sweeper.sampler} (tpe, random, grid, nsgaii, nsgaiii, cmaes, gp or qmc)."
+            )
         params = [f"{key}={value}" for key, value in (self.sweeper.params or {}).items()]
         distributions, fixed, deletions = create_params_from_overrides(params + arguments)
         plain = {name.lstrip("+") for name in fixed}
         distributions = {name: d for name, d in distributions.items() if name.lstrip("+") not in plain}
+        is_grid = self.sweeper.sampler._target_.endswith("GridSampler")
+        if "seed" in distributions and not is_grid:
+            raise ValueError(
+                "seed is not something to search: the best of several seeds is the luckiest. Leave it out, and run the "
+                "best settings with more seeds afterwards: brqat-study confirm FOLDER."
+            )
         overrides = [*(f"{name}={value}" for name, value in fixed.items()), *deletions]
         extend = None
         if self.sweeper.custom_search_space:
@@ -101,7 +113,7 @@ class Worker:
                 "'regularizer.lambda_br=tag(log,interval(0.1,100))'."
             )
         grid = None
-        if self.sweeper.sampler._target_.endswith("GridSampler"):
+        if is_grid:
             names = list(distributions)
             values = [OptunaSweeperImpl._to_grid_sampler_choices(distributions[name]) for name in names]
             grid = [dict(zip(names, row, strict=True)) for row in itertools.product(*values)]
@@ -113,7 +125,9 @@ class Worker:
         n_jobs = self.sweeper.n_jobs
         if isinstance(n_jobs, bool) or not isinstance(n_jobs, int) or n_jobs < 1:
             raise ValueError(f"hydra.sweeper.n_jobs={n_jobs!r} cannot be: write a whole number, 1 or more.")
-        base = self.config_loader.load_sweep_config(self.config, self.fixed)
+        base = self._composed([])
+        for setting in probes(self.space.distributions):
+            self._composed(overrides_of(setting))
         objective = self._objective(base)
         constraint_values(self.sweeper.constraints, {})
         constraints = OmegaConf.to_container(self.sweeper.constraints or OmegaConf.create({}))
@@ -137,6 +151,13 @@ class Worker:
                 # No more than these: another trial would repeat one.
                 ledger.rules = replace(ledger.rules, n_trials=min(ledger.rules.n_trials, len(ledger.trials())))
         return ledger
+
+    def _composed(self, overrides: list[str]) -> DictConfig:
+        """The configuration that a trial with these overrides would have."""
+        try:
+            return self.config_loader.load_sweep_config(self.config, [*self.fixed, *overrides])
+        except HydraException as error:
+            raise ValueError(f"{' '.join(overrides)}: no trial could be composed: {error}") from error
 
     def _warn_of_a_password(self) -> None:
         literal = not OmegaConf.is_interpolation(self.sweeper, "storage")
@@ -184,6 +205,8 @@ class Worker:
             load_if_exists=True,
         )
         attrs = study.user_attrs
+        if attrs.get("n_trials") != self.sweeper.n_trials:
+            study.set_user_attr("n_trials", self.sweeper.n_trials)  # for brqat-study status
         if "uid" not in attrs:
             study.set_user_attr("uid", secrets.token_hex(4))
             study.set_user_attr("code", source_hash())
