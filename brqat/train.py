@@ -29,7 +29,7 @@ from brqat.baseline import FloatBaseline
 from brqat.dataset.pixels import check_batch_size
 from brqat.dataset.splits import Splits
 from brqat.devices import claimed_device
-from brqat.files import config_dir
+from brqat.files import config_dir, write_whole
 from brqat.fit import Diverged, Fit, Pruned, Recipe, Score, fixed_batches, never
 from brqat.interrupt import Interrupted, StopRequest, stop_request
 from brqat.layers import LayerCost, Scheme, calibrate, quantize, sites
@@ -97,7 +97,8 @@ def run(cfg: DictConfig, folder: Path, trial: "Trial | None" = None) -> dict:
             log.warning("the study has been forced to other settings: this trial starts again with them")
             files.clear()
             before = {}
-        _refuse_another_run(cfg, files, before)
+        with _config_of_the_folder_kept(folder):
+            _refuse_another_run(cfg, files, before)
         if before.get("status") in (ENDED if trial else ENDED[:1]):
             log.info("this run has ended already: %s", files.summary)
             return before
@@ -387,6 +388,22 @@ def _refuse_another_run(cfg: DictConfig, files: RunFiles, summary: dict) -> None
 def _hash_there(files: RunFiles, summary: dict) -> str | None:
     """The configuration hash of the run that the folder holds."""
     return checkpoint.load(files.last)["fingerprint"] if files.last.exists() else summary.get("config_hash")
+
+
+@contextmanager
+def _config_of_the_folder_kept(folder: Path) -> Iterator[None]:
+    """Puts back .hydra/ of the run that the folder holds if the one that came is refused: Hydra wrote over it."""
+    here = sorted((folder / ".hydra").glob("*.yaml"))
+    kept = folder / ".hydra" / "kept"
+    try:
+        yield
+    except ValueError:
+        for path in kept.glob("*.yaml"):
+            write_whole(folder / ".hydra" / path.name, lambda file, path=path: file.write(path.read_bytes()))
+        raise
+    for path in here:
+        kept.mkdir(exist_ok=True)
+        write_whole(kept / path.name, lambda file, path=path: file.write(path.read_bytes()))
 
 
 @contextmanager

@@ -579,3 +579,13 @@ def test_plugin_brings_nothing_heavy_into_other_programs():
 def test_sweep_without_multirun_is_refused(tmp_path, call):
     code, said = call(f"hydra.run.dir={tmp_path}", "sweep=lambda_bits")
     assert code == 2 and "brqat -m sweep=lambda_bits" in said
+
+
+def test_refused_run_leaves_the_config_of_the_one_that_is_there(tmp_path, call):
+    words = [f"hydra.run.dir={tmp_path}", *overrides_of(*SYNTHETIC, "pretrained=none", "epochs=1", "warmup_epochs=0")]
+    assert call(*words)[0] != 2
+    before = {path.name: path.read_bytes() for path in tmp_path.glob(".hydra/*.yaml")}
+    code, said = call(*words, "epochs=2", "resume=true")
+    assert code == 2 and "another configuration" in said
+    assert {path.name: path.read_bytes() for path in tmp_path.glob(".hydra/*.yaml")} == before
+    assert "epochs: 1" in before["config.yaml"].decode()
