@@ -95,8 +95,8 @@ class Controller:
             time.sleep(0.05)
 
     def in_training(self, number: int) -> None:
-        """Waits until a trial has written an epoch."""
-        self.wait_for(lambda: self.lines(number) >= 1, f"an epoch of trial {number}")
+        """Waits until a trial has a checkpoint to go on from: it comes after the epoch's line."""
+        self.wait_for((self.folder / f"{number}" / "last.pt").exists, f"a checkpoint of trial {number}")
         assert self.lines(number) < MANY_EPOCHS, "the trial was too fast to be caught in training"
 
     def times_resumed(self, number: int) -> int:
