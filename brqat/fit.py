@@ -93,7 +93,7 @@ class Fit:
     fingerprint: str  # of what determines this training; a checkpoint of another is refused
     dashboard: object
     stop: StopRequest
-    hopeless: Callable[[int, "Score"], bool] = never  # asked after each epoch past warmup but the last
+    hopeless: Callable[[int, "Score"], bool] = never  # asked after each epoch but the last
     epoch: int = 0
     best: Score | None = None
     best_epoch: int | None = None
@@ -124,7 +124,7 @@ class Fit:
                 score, line = self._finish_epoch(epoch, means, started)
                 bar.state(f"val {100 * score.acc:.1f}%")
                 log.info("%s %s", name, line)
-                if recipe.warmup_epochs < epoch < recipe.epochs and self.hopeless(epoch, score):
+                if epoch < recipe.epochs and self.hopeless(epoch, score):
                     raise Pruned(f"after epoch {epoch}, as the study's pruner compares it with other trials")
 
     def _train_epoch(self, epoch: int, steps: int, bar) -> dict[str, float | None]:

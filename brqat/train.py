@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import hydra
 import torch
@@ -141,27 +141,69 @@ def run(cfg: DictConfig, folder: Path, trial: "Trial | None" = None) -> dict:
         return summary
 
 
+class Parts(NamedTuple):
+    """What a config describes, before there are data and a network. Making them refuses what cannot be."""
+
+    settings: Settings
+    scheme: Scheme
+    regularizer: Regularizer
+    policy: AlphaPolicy
+    make_optimizer: partial
+    lr_warmup_epochs: float
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> "Parts":
+        return cls(
+            Settings.of(cfg, GROUPS),
+            _make(cfg.quantizer, "quantizer"),
+            _make(cfg.regularizer, "regularizer"),
+            _make(cfg.alpha_policy, "alpha_policy"),
+            *_optimizer(cfg.optimizer),
+        )
+
+
+class Check:
+    """hydra.sweeper.check: makes what configs describe, trains nothing, and raises ValueError for what cannot be.
+
+    with_data: loads the data as well, once for each `dataset` among the configs, and makes the network for them.
+    """
+
+    def __init__(self, with_data: bool):
+        self.with_data = with_data
+        self.loaded: tuple[dict, Splits] | None = None
+
+    def __call__(self, cfg: DictConfig) -> None:
+        parts = Parts.of(cfg)
+        if not self.with_data:
+            return
+        node = OmegaConf.to_container(cfg.dataset, resolve=True)
+        if self.loaded is None or self.loaded[0] != node:
+            self.loaded = node, _make(cfg.dataset, "dataset")
+        _, splits = self.loaded
+        check_batch_size(parts.settings.batch_size, len(splits.train))
+        _network(cfg, splits)
+
+
+def _network(cfg: DictConfig, splits: Splits) -> nn.Module:
+    return _make(cfg.model, "model", num_classes=splits.num_classes, in_channels=splits.channels)
+
+
 def _run(cfg: DictConfig, files: RunFiles, dashboard, stop: StopRequest, trial: "Trial | None") -> dict:
     """The run itself; returns its part of the summary."""
-    # Every group is made before anything is trained, so that whatever is impossible fails now.
-    settings = Settings.of(cfg, GROUPS)
-    with claimed_device(settings.device) as device:
-        return _run_on(device, cfg, settings, files, dashboard, stop, trial)
+    parts = Parts.of(cfg)
+    with claimed_device(parts.settings.device) as device:
+        return _run_on(device, cfg, parts, files, dashboard, stop, trial)
 
 
-def _run_on(device: torch.device, cfg: DictConfig, settings: Settings, files: RunFiles, dashboard, stop, trial) -> dict:
+def _run_on(device: torch.device, cfg: DictConfig, parts: Parts, files: RunFiles, dashboard, stop, trial) -> dict:
+    settings, scheme, regularizer, policy, make_optimizer, lr_warmup_epochs = parts
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    scheme: Scheme = _make(cfg.quantizer, "quantizer")
-    regularizer: Regularizer = _make(cfg.regularizer, "regularizer")
-    policy: AlphaPolicy = _make(cfg.alpha_policy, "alpha_policy")
-    make_optimizer, lr_warmup_epochs = _optimizer(cfg.optimizer)
     splits: Splits = _make(cfg.dataset, "dataset").to(device)
     check_batch_size(settings.batch_size, len(splits.train))
     recipe = _recipe(settings, lr_warmup_epochs, device)
     checkpoint.seed_everything(settings.seed)
-    model: nn.Module = _make(cfg.model, "model", num_classes=splits.num_classes, in_channels=splits.channels)
-    model = model.to(device, memory_format=torch.channels_last)
+    model = _network(cfg, splits).to(device, memory_format=torch.channels_last)
     log.info("%s on %s: %d training, %d validation, %d test pictures", scheme.tag, device, *map(len, splits[:3]))
     log.info("%s", policy.describe(regularizer, settings.warmup_epochs))
     _say_what_never_begins(settings, regularizer, policy)
@@ -265,7 +307,9 @@ def _recipe(settings: Settings, lr_warmup_epochs: float, device: torch.device) -
 def _hopeless(trial: "Trial", settings: Settings, epoch: int, score: Score) -> bool:
     """The pruner's verdict, which counts epochs from the end of warmup."""
     value = {"val_acc": score.acc, "val_loss": score.loss}.get(settings.objectives[0])
-    return value is not None and trial.hopeless(epoch - settings.warmup_epochs, value)
+    trial.came_to(epoch, settings.epochs, value)
+    past = epoch - settings.warmup_epochs
+    return past > 0 and value is not None and trial.hopeless(past, value)
 
 
 def _worst(objective: Any) -> float | list[float]:

@@ -5,6 +5,7 @@ here without a process.
 """
 
 import errno
+import io
 import itertools
 import json
 import subprocess
@@ -26,13 +27,14 @@ from optuna.samplers import RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from rich.console import Console
 from sqlalchemy import Engine, event
 from sqlalchemy.exc import OperationalError
 
 import brqat.study.ledger
 from brqat.files import config_dir
 from brqat.study import results, storage, trial
-from brqat.study.board import best_first, standing
+from brqat.study.board import best_first, standing, table
 from brqat.study.ledger import Ledger, NotOurs, Rules, Space, run_of
 from brqat.study.space import controls_of, description, difference, overrides_of
 from brqat.study.storage import is_away, is_full, open_storage, patiently
@@ -138,6 +140,42 @@ def test_row_killed_more_often_than_max_retry_fails_and_says_why(opened, tmp_pat
     assert ledger.row(0).state == TrialState.FAIL
     assert run_of(ledger.row(0))["status"] == "failed"
     assert "killed 3 times, more than hydra.sweeper.max_retry=2" in run_of(ledger.row(0))["error"]
+
+
+def test_worker_that_dies_while_it_gives_a_row_back_does_not_count_the_death_twice(opened, tmp_path, monkeypatch):
+    ledger = opened(max_retry=1, n_trials=1)
+    start_and_die(ledger, ask(ledger), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(ledger.storage.optuna), "set_trial_state_values", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ledger.requeue_dead()
+    assert ledger.row(0).state == TrialState.RUNNING and ledger.row(0).user_attrs["lease"]["retries"] == 1
+    asked = ask(ledger)
+    assert asked.number == 0 and ledger.row(0).user_attrs["lease"]["retries"] == 1
+    start_and_die(ledger, asked, tmp_path)
+    assert ask(ledger) is None and ledger.row(0).state == TrialState.FAIL  # the second death counts
+
+
+def killed(*_):
+    raise KeyboardInterrupt
+
+
+def test_table_follows_a_running_trial_and_shows_no_more_rows_than_fit(opened, tmp_path):
+    ledger = opened(n_trials=9)
+    for _ in range(7):
+        end(ledger, ask(ledger), 0.25)
+    running = [ask(ledger), ask(ledger)]
+    ledger.beat(8, running[1].token, {"epoch": 3, "epochs": 20, "value": 0.625})
+    assert lines(table(ledger))[-1].split()[:4] == ["8", "running", "0.625", "3/20"]
+    assert [line.split()[0] for line in lines(table(ledger))[2:]] == [str(number) for number in range(9)]
+    assert [line.split()[0] for line in lines(table(ledger, 20))[2:]] == ["1", "2", "3", "4", "5", "6", "7", "8"]
+    assert [line.split()[0] for line in lines(table(ledger, 3))[2:]] == ["6", "7", "8"]
+
+
+def lines(printed):
+    console = Console(width=200, file=io.StringIO())
+    console.print(printed)
+    return console.file.getvalue().rstrip().splitlines()
 
 
 def test_giving_a_row_back_counts_only_where_it_is_a_failure(opened):

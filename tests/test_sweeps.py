@@ -298,6 +298,17 @@ def test_runs_whose_study_was_deleted_are_left_alone(copied, call):
         (["regularizer.lamda=choice(0,1)"], "regularizer.lamda=0: no trial could be composed"),
         (["alpha_policy=choice(frozen,thawed)"], "alpha_policy=thawed: no trial could be composed"),
         ([LAMBDA, "seed=choice(0,1,2)"], "seed is not something to search.*brqat-study confirm"),
+        (
+            ["quantizer.bits=choice(2,9)"],
+            "quantizer.bits=9 is in the search space, but quantizer.weight: bits=9 is not a width",
+        ),
+        ([LAMBDA, "quantizer.bits=choice(9,10)"], "quantizer.bits=9.* is in the search space, but "),
+        (["regularizer.lambda_br=interval(-1,1)"], "regularizer.lambda_br=-1.0 is in the search space, but "),
+        ([LAMBDA, "+hydra.sweeper.control.set={regularizer.lambda_br: -2}"], "lambda_br=-2 is in the search space"),
+        (["model=small_cnn", "model.width=choice(8,0)"], "model.width=0 is in the search space, but "),
+        ([LAMBDA, "batch_size=100000"], "batch_size=100000 "),
+        ([LAMBDA, "epochs=-1"], "epochs=-1 cannot be"),
+        ([LAMBDA, "hydra.launcher._target_=hydra_plugins.absent.Launcher"], "its plugin is not installed"),
         ([LAMBDA, "hydra.sweeper.n_jobs=0"], "n_jobs=0 cannot be"),
         ([LAMBDA, "hydra.sweeper.n_trials=0"], "n_trials=0 cannot be"),
         ([LAMBDA, CONTROL, "+hydra.sweeper.control.over=[seed]"], "names seed, which the study does not search"),
@@ -310,6 +321,13 @@ def test_impossible_study_is_refused_in_a_sentence_before_anything_is_trained(tm
     assert not list(tmp_path.glob("s/*/"))
 
 
+@pytest.mark.parametrize(("root", "said"), [("null", "dataset.root=FOLDER"), ("nowhere", "nowhere")])
+def test_data_that_are_not_there_are_missed_before_the_first_trial(tmp_path, call, root, said):
+    words = ["-m", "hydra/sweeper=study", f"hydra.sweep.dir={tmp_path / 's'}", LAMBDA]
+    code, printed = call(*words, "dataset=image_folder", f"dataset.root={root}", "device=cpu", "threads=1")
+    assert code == 2 and said in printed and "search space" not in printed and not (tmp_path / "s/study.db").exists()
+
+
 def test_direction_that_says_what_the_objective_means_is_taken(tmp_path, call):
     given = (LAMBDA, "objective=val_loss", "hydra.sweeper.direction=minimize", "hydra.sweeper.n_trials=2")
     code, said = call(*study(tmp_path, *given))
@@ -320,6 +338,8 @@ def test_direction_that_says_what_the_objective_means_is_taken(tmp_path, call):
 
 # ---- what a trial may come to
 
+# BR moves the step sizes so far that no run may begin, which only the network and the data can tell.
+RUNS_AWAY = ("regularizer.lambda_br=interval(1e5,2e5)", "alpha_policy=backprop", "pretrained=none")
 # Gives up whatever is below 2, an accuracy that none has.
 ALWAYS = ("hydra.sweeper.pruner._target_=optuna.pruners.ThresholdPruner", "+hydra.sweeper.pruner.lower=2")
 
@@ -352,15 +372,33 @@ def test_pruned_trial_ends_at_the_first_epoch_after_warmup_with_whole_files(tmp_
 
 
 def test_broken_configuration_ends_the_study_after_three_trials_with_its_reason(tmp_path, call):
-    words = ["-m", "hydra/sweeper=study", f"hydra.sweep.dir={tmp_path}", "hydra.sweeper.study_name=s", LAMBDA]
-    code, said = call(*words, "dataset=image_folder", "device=cpu", "tracking=files", "threads=1")
+    code, said = call(*study(tmp_path, *RUNS_AWAY))
     assert code == 1
-    assert "the study stops: every trial fails the same way, 3 of 3: ValueError: dataset.root" in said
+    assert "the study stops: every trial fails the same way, 3 of 3: ValueError: " in said
     trials = ledger_of(tmp_path).trials()
     assert [row.state for row in trials] == [TrialState.FAIL] * 3
-    assert all("dataset.root=FOLDER" in run_of(row)["error"] for row in trials)
+    assert all("alpha_policy.force=true" in run_of(row)["error"] for row in trials)
     assert all(summary(tmp_path / str(number))["status"] == "failed" for number in range(3))
     assert OmegaConf.load(tmp_path / "optimization_results.yaml").best_trial is None
+
+
+def test_study_ends_after_three_trials_where_nothing_but_the_control_works(tmp_path, call):
+    code, said = call(*study(tmp_path, *RUNS_AWAY, CONTROL))
+    assert code == 1 and "every trial but the controls fails the same way, 3 of 3: ValueError: " in said
+    assert [row.state for row in ledger_of(tmp_path).trials()] == [TrialState.COMPLETE, *[TrialState.FAIL] * 3]
+
+
+def test_study_in_which_all_that_was_searched_fails_says_so_in_its_exit_code(tmp_path, call):
+    code, said = call(*study(tmp_path, *RUNS_AWAY, CONTROL, "hydra.sweeper.n_trials=2"))
+    assert code == 1 and "nothing that was searched has worked" in said and "failed: trial 1, the last with" in said
+
+
+def test_values_that_do_not_go_with_some_others_are_warned_of(tmp_path, call):
+    """sign is for 1 bit and lsq for more."""
+    words = ("quantizer=choice(lsq,sign)", "quantizer.weight.bits=choice(1,2)", "hydra/sweeper/sampler=grid")
+    code, said = call(*study(tmp_path, *words, "pretrained=none"))
+    assert code == 0 and "trials such as quantizer=lsq quantizer.weight.bits=1 will fail: " in said, said
+    assert statuses(tmp_path) == ["failed", "completed", "completed", "failed"]
 
 
 @pytest.mark.parametrize(("objective", "worst"), [("val_acc", 0.0), ("val_loss", 1e9)])
@@ -469,7 +507,7 @@ def test_export_writes_what_the_study_wrote(copied, capsys):
         (copied / name).unlink()
     assert cli.main(["export", str(copied)]) == 0
     again = [(copied / name).read_text() for name in names]
-    assert again[:2] == before[:2] and "best setting (trial" in capsys.readouterr().out
+    assert again[:2] == before[:2] and "best setting" in capsys.readouterr().out
     assert OmegaConf.create(again[2]) == OmegaConf.create(before[2])
     (copied / names[0]).unlink()
     assert cli.main(["export", f"sqlite:///{copied}/study.db", "--folder", str(copied)]) == 0

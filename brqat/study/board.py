@@ -24,7 +24,8 @@ from brqat.study.ledger import Ledger, run_of
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 2.0
-LATEST = 6  # trials that the table shows
+LATEST = 6  # ended trials that the live table shows
+AROUND = 6  # lines of a terminal that its rows leave free: the standing, the header, a progress bar, a prompt
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ def trial_line(trial: FrozenTrial, ledger: Ledger) -> str:
     return f"{line}\n{standing(ledger).in_words()}"
 
 
-def table(ledger: Ledger, latest: int | None = None) -> Group:
-    """The study in a table: its standing, then all trials, or the latest that ended and those that have not."""
+def table(ledger: Ledger, most: int | None = None) -> Group:
+    """The study in a table: its standing, then all trials, or at most so many: those that run and the latest ended."""
     where = standing(ledger)
     rows = Table(box=None, pad_edge=False)
     for head in ("trial", "state", "value", "epochs", "seconds", "host", "setting"):
@@ -147,19 +148,23 @@ def table(ledger: Ledger, latest: int | None = None) -> Group:
         rows.add_column(head, justify="right" if numeric else "left", no_wrap=True, overflow="ellipsis")
     trials = ledger.trials()
     names = _short_names({key for trial in trials for key in trial.user_attrs.get("setting") or {}})
-    open_ones = [trial for trial in trials if not trial.state.is_finished()]
+    running = [trial for trial in trials if trial.state == TrialState.RUNNING]
     ended = sorted((t for t in trials if t.state.is_finished()), key=lambda t: t.datetime_complete)
-    ended = ended[-latest:] if latest else ended
-    shown = [*ended, *open_ones] if latest else trials
+    shown = [*ended[-LATEST:], *running][-most:] if most else trials
     for trial in shown:
         run, best = run_of(trial), where.best is not None and trial.number == where.best.number
-        seen = max(trial.intermediate_values, default=None)
-        value = trial.intermediate_values.get(seen) if trial.values is None else trial.values
+        beat = trial.user_attrs.get("beat", {})
+        epochs = run.get("last_epoch", "")
+        value = trial.values
+        if trial.state == TrialState.RUNNING and "epoch" in beat:
+            epochs, value = f"{beat['epoch']}/{beat['epochs']}", beat["value"]
+        elif value is None:
+            value = trial.intermediate_values.get(max(trial.intermediate_values, default=None))
         rows.add_row(
             str(trial.number),
             run.get("status", trial.state.name.lower()) if trial.state.is_finished() else trial.state.name.lower(),
             "" if value is None else ", ".join(f"{v:.4g}" for v in (value if isinstance(value, list) else [value])),
-            str(run.get("last_epoch", "")),
+            str(epochs),
             f"{_seconds(trial):.0f}",
             (trial.user_attrs.get("lease") or {}).get("host", "").split("/")[0],
             " ".join(f"{names[key]}={_short(value)}" for key, value in (trial.user_attrs.get("setting") or {}).items()),
@@ -174,22 +179,25 @@ def board(ledger: Ledger) -> Iterator[None]:
     if not sys.stdout.isatty():
         yield
         return
+    console = rich.get_console()
     looked, shown = -LOOK_EVERY_S, Text("")
 
     def render() -> Group | Text:
         nonlocal looked, shown
         if time.monotonic() - looked > LOOK_EVERY_S:
             try:
-                shown = table(ledger, LATEST)
+                shown = table(ledger, max(console.height - AROUND, 1))
             except Exception as error:  # a database that restarts must not take the training down with it
                 shown = Text(f"the study cannot be read: {error}")
             looked = time.monotonic()
         return shown
 
     try:
-        with Live(get_renderable=render, console=rich.get_console(), refresh_per_second=2):
-            yield
-            looked = -LOOK_EVERY_S  # the last look stays on the terminal
+        with Live(get_renderable=render, console=console, refresh_per_second=2):
+            try:
+                yield
+            finally:
+                looked = -LOOK_EVERY_S  # the last look stays on the terminal
     finally:
         for handler in logging.getLogger().handlers:  # jobs made theirs while the table stood below
             if isinstance(handler, logging.StreamHandler) and isinstance(handler.stream, FileProxy):

@@ -9,7 +9,7 @@ What a row carries besides Optuna's own columns, as user attributes:
 setting   the swept overrides, {key: value}
 control   true for the arm without regularization, which the sampler never sees
 lease     whose it is: {token, started, host, pid, lock, retries}; set whenever a worker takes the row
-beat      a count that rises while the trial's process lives
+beat      {count, epoch, epochs, value}: the count rises while the trial's process lives
 run       what became of it: status, folder, wandb id, figures, error
 """
 
@@ -191,18 +191,19 @@ class Ledger:
     def _claim(self, number: int, token: str, file: Path) -> None:
         with self.storage.exclusive():
             trial = self.row(number)
-            lease = trial.user_attrs["lease"]
+            lease = dict(trial.user_attrs["lease"])
             if trial.state.is_finished() or lease["token"] != token:
                 raise NotOurs(f"trial {number} went to another worker while this one waited to start")
             if trial.state == TrialState.WAITING:  # given back, and nobody has taken it: a requeued batch job
                 self.storage.optuna.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
             here = {"started": True, "host": host(), "pid": os.getpid(), "lock": _identity(file)}
+            lease.pop("reason", None)
             self._set(trial, "lease", lease | here | {"folder": str(file.parent)})
 
-    def beat(self, number: int, token: str) -> None:
-        """A sign of life. Raises NotOurs."""
+    def beat(self, number: int, token: str, progress: dict | None = None) -> None:
+        """A sign of life, with the epoch that the trial has come to. Raises NotOurs."""
         trial = self._ours(number, token)
-        self._set(trial, "beat", trial.user_attrs.get("beat", 0) + 1)
+        self._set(trial, "beat", {"count": trial.user_attrs.get("beat", {}).get("count", 0) + 1, **(progress or {})})
 
     @patiently
     def tell(
@@ -234,7 +235,7 @@ class Ledger:
         trial = optuna.Trial(self.study, known._trial_id)
         if step not in known.intermediate_values:  # a killed worker may have come as far
             trial.report(value, step)
-        return not known.user_attrs.get("control") and trial.should_prune()
+        return not is_control(known) and trial.should_prune()
 
     # ---- failures
 
@@ -248,8 +249,14 @@ class Ledger:
         if len(failed) > self.rules.max_failure_rate * max(len(ended), SAME_FAILURES):
             rate = self.rules.max_failure_rate
             return f"{len(failed)} of {len(ended)} trials failed, more than hydra.sweeper.max_failure_rate={rate}"
-        if len(bad) == len(ended) >= SAME_FAILURES and len({_kind(run_of(t).get("error", "")) for t in bad}) == 1:
-            return f"every trial fails the same way, {len(bad)} of {len(ended)}: {run_of(bad[-1]).get('error')}"
+        # The arm without regularization may work where nothing else does.
+        searched = [t for t in ended if not is_control(t)]
+        failed = [t for t in failed if not is_control(t)]
+        for ones, broken, which in ((ended, bad, "trial"), (searched, failed, "trial but the controls")):
+            kinds = {_kind(run_of(t).get("error", "")) for t in broken}
+            if len(broken) == len(ones) >= SAME_FAILURES and len(kinds) == 1:
+                said = run_of(broken[-1]).get("error")
+                return f"every {which} fails the same way, {len(broken)} of {len(ones)}: {said}"
         return None
 
     # ---- the parts
@@ -292,7 +299,8 @@ class Ledger:
 
     def _let_go(self, trial: FrozenTrial, reason: str, counts: bool) -> None:
         lease = trial.user_attrs.get("lease", {})
-        retries = lease.get("retries", 0) + counts
+        # A reason stands in a lease that was given up; a worker that died between the two writes counted it already.
+        retries = lease.get("retries", 0) + (counts and "reason" not in lease)
         if retries > self.rules.max_retry:
             error = f"killed {retries} times, more than hydra.sweeper.max_retry={self.rules.max_retry} ({reason})"
             self._set(trial, "run", {"status": "failed", "error": error, "folder": lease.get("folder")})
@@ -322,12 +330,17 @@ class _Searched(optuna.Study):
 
     def _get_trials(self, deepcopy=True, states=None, use_cache=False) -> list[FrozenTrial]:
         trials = super()._get_trials(deepcopy, states, use_cache)
-        return [trial for trial in trials if not trial.user_attrs.get("control")]
+        return [trial for trial in trials if not is_control(trial)]
 
 
 def run_of(trial: FrozenTrial) -> dict:
     """What became of a row's run; empty while it has not ended."""
     return trial.user_attrs.get("run") or {}
+
+
+def is_control(trial: FrozenTrial) -> bool:
+    """Whether a row belongs to the arm without regularization."""
+    return bool(trial.user_attrs.get("control"))
 
 
 @functools.cache

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from brqat.files import write_whole
 from brqat.study.board import best_first, standing
-from brqat.study.ledger import Ledger, run_of
+from brqat.study.ledger import Ledger, is_control, run_of
 from brqat.study.trial import FIGURES
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def trials_csv(ledger: Ledger) -> str:
                 "status": run.get("status", ""),
                 **dict(zip(objectives, trial.values or [], strict=False)),
                 **(trial.user_attrs.get("setting") or {}),
-                "control": bool(trial.user_attrs.get("control")),
+                "control": is_control(trial),
                 "retries": lease.get("retries", 0),
                 "host": lease.get("host", "").split("/")[0],
                 "folder": run.get("folder", ""),
@@ -131,15 +131,30 @@ def command(folder: Path, name: str) -> str:
     return f"brqat +experiment={name} 'hydra.searchpath=[file://{folder}]'"
 
 
+def came_to_nothing(ledger: Ledger) -> bool:
+    """Whether all that was searched has failed."""
+    searched = [trial for trial in ledger.trials() if not is_control(trial)]
+    return bool(searched) and all(trial.state == TrialState.FAIL for trial in searched)
+
+
 def verdict(ledger: Ledger, folder: Path) -> str:
     """The study's end in words."""
     lines = [f"study {ledger.name}: {standing(ledger).in_words()}"]
+    failed = [trial for trial in ledger.trials() if trial.state == TrialState.FAIL]
+    if failed:
+        error = run_of(failed[-1]).get("error", "").splitlines()[0]
+        lines.append(f"failed: trial {', '.join(str(trial.number) for trial in failed)}, the last with {error}")
+    if came_to_nothing(ledger):
+        lines.append("nothing that was searched has worked: the study has no result")
     ranked = best_first(ledger)
     if ranked:
         best = ranked[0]
         several = len(ledger.study.directions) > 1
         setting = " ".join(f"{key}={value}" for key, value in best.user_attrs["setting"].items())
         words = "first setting of the Pareto front" if several else "best setting"
+        ties = 0 if several else sum(trial.value == best.value for trial in ranked) - 1
+        if ties:
+            words = f"best setting, of {ties + 1} equal ones that with the lowest validation loss"
         lines += [
             f"{words} (trial {best.number}): {setting}",
             f"  again: {command(folder, f'{ledger.name}_best')}",

@@ -18,6 +18,8 @@ class StudySweeper(Sweeper):
         self.keys = keys
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        import logging
+
         from hydra.core.plugins import Plugins
 
         self.hydra_context, self.config = hydra_context, config
@@ -26,10 +28,13 @@ class StudySweeper(Sweeper):
                 hydra_context=hydra_context, task_function=task_function, config=config
             )
         except RuntimeError as error:
-            raise ValueError(
-                f"hydra/launcher: {error}, its plugin is not installed. hydra/launcher=slurm, ray and joblib need "
-                "brqat[slurm], brqat[ray] and brqat[joblib]."
-            ) from error
+            logging.getLogger(__name__).error(
+                "brqat: hydra/launcher=%s: its plugin is not installed (%s). Install brqat[slurm], brqat[ray] or "
+                "brqat[joblib].",
+                config.hydra.runtime.choices["hydra/launcher"],
+                error,
+            )
+            raise SystemExit(2) from None
 
     def sweep(self, arguments: list[str]) -> None:
         from brqat.study.worker import Worker

@@ -6,9 +6,10 @@ The job tells, not the controller that launched it: a batch job goes on after it
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ FIGURES = (
     "seconds", "weight_bits", "act_bits", "weight_bytes", "bops", "seed", "device", "config_hash", "wandb_run_id",
 )  # fmt: skip
 NUMBERS = tuple(key for key in FIGURES if key not in ("status", "error", "device", "config_hash", "wandb_run_id"))
+SHOW_EVERY_S = 5.0  # at most, a trial's progress in its row
 NOT_MET = 1e18  # of a constraint on a figure that the run did not come to
 
 
@@ -47,6 +49,7 @@ class Trial:
     uid: str  # of the study
     prunes: bool
     lost: NotOurs | None = None  # that another worker has taken the row
+    progress: dict = field(default_factory=dict)  # what a table shows of it while it runs
 
     @property
     def study_name(self) -> str:
@@ -57,6 +60,10 @@ class Trial:
         """How a dashboard knows the run."""
         name = f"{self.study_name}-{self.number}"
         return Identity(run_id=f"{self.uid}-{self.number}", name=name, group=self.study_name, job_type="trial")
+
+    def came_to(self, epoch: int, epochs: int, value: float | None) -> None:
+        """Notes an epoch, of so many, for whoever watches the study."""
+        self.progress = {"epoch": epoch, "epochs": epochs, "value": value}
 
     def hopeless(self, step: int, value: float) -> bool:
         """Whether the pruner gives the trial up, having seen the value at this step. Raises NotOurs."""
@@ -71,13 +78,18 @@ class Trial:
 
     @contextmanager
     def beating(self) -> Iterator[None]:
-        """A sign of life every heartbeat_s, from a thread."""
+        """A sign of life every heartbeat_s, and sooner when there is progress to show, from a thread."""
         over = threading.Event()
+        every = self.ledger.rules.heartbeat_s
 
         def beat() -> None:
-            while not over.wait(self.ledger.rules.heartbeat_s):
+            last, shown = time.monotonic(), self.progress
+            while not over.wait(min(every, SHOW_EVERY_S)):
+                if self.progress == shown and time.monotonic() - last < every:
+                    continue
+                last, shown = time.monotonic(), self.progress
                 try:
-                    self.ledger.beat(self.number, self.token)
+                    self.ledger.beat(self.number, self.token, shown)
                 except NotOurs as reason:
                     self.lost = reason
                     return

@@ -12,16 +12,18 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import optuna
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
+from hydra.utils import get_method
 from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl, create_params_from_overrides
 from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import check_distribution_compatibility
@@ -33,7 +35,7 @@ from brqat.settings import OBJECTIVES, what_determines
 from brqat.study import results
 from brqat.study.board import board, trial_line
 from brqat.study.ledger import Asked, Ledger, Space
-from brqat.study.space import controls_of, description, difference, overrides_of, probes
+from brqat.study.space import controls_of, description, difference, overrides_of, probes, surroundings
 from brqat.study.storage import Storage, is_away, is_full, open_storage
 from brqat.study.trial import constraint_values, open_ledger, pruner_of, rules_of, sampler_of
 
@@ -53,6 +55,7 @@ class Worker:
         # Submitit's launcher composes nothing here, so that one thread per job may wait: others run as a batch.
         self.threaded = "submitit" in config.hydra.launcher._target_
         self.local = "basic" in config.hydra.launcher._target_
+        self.on_this_machine = self.local or "joblib" in config.hydra.launcher._target_
         self.began = datetime.now()
         self.said: set[int] = set()  # numbers of the trials whose end has been told
 
@@ -82,6 +85,8 @@ class Worker:
                 with self.ledger.storage.exclusive():
                     results.write(self.ledger, self.folder)
         log.info("%s", results.verdict(self.ledger, self.folder))
+        if results.came_to_nothing(self.ledger):
+            raise SystemExit(1)
 
     # ---- before the first trial
 
@@ -125,9 +130,7 @@ class Worker:
         n_jobs = self.sweeper.n_jobs
         if isinstance(n_jobs, bool) or not isinstance(n_jobs, int) or n_jobs < 1:
             raise ValueError(f"hydra.sweeper.n_jobs={n_jobs!r} cannot be: write a whole number, 1 or more.")
-        base = self._composed([])
-        for setting in probes(self.space.distributions):
-            self._composed(overrides_of(setting))
+        base = self._composed({})
         objective = self._objective(base)
         constraint_values(self.sweeper.constraints, {})
         constraints = OmegaConf.to_container(self.sweeper.constraints or OmegaConf.create({}))
@@ -141,6 +144,7 @@ class Worker:
                 f"{type(pruner).__name__} compares epochs by val_acc or val_loss, and objective={list(objective)}: "
                 "write hydra/sweeper/pruner=none."
             )
+        self._try_out([*self.space.controls, *probes(self.space.distributions)])
         storage = open_storage(self.sweeper.storage, self.folder)  # nothing is left behind by what was refused above
         with storage.exclusive():
             self._create_or_check(storage, here, list(objective.values()))
@@ -152,12 +156,49 @@ class Worker:
                 ledger.rules = replace(ledger.rules, n_trials=min(ledger.rules.n_trials, len(ledger.trials())))
         return ledger
 
-    def _composed(self, overrides: list[str]) -> DictConfig:
-        """The configuration that a trial with these overrides would have."""
+    def _composed(self, setting: Mapping[str, Any]) -> DictConfig:
+        """The configuration that a trial with this setting would have."""
+        overrides = overrides_of(setting)
         try:
             return self.config_loader.load_sweep_config(self.config, [*self.fixed, *overrides])
         except HydraException as error:
             raise ValueError(f"{' '.join(overrides)}: no trial could be composed: {error}") from error
+
+    def _try_out(self, settings: list[dict[str, Any]]) -> None:
+        """Has hydra.sweeper.check make what these settings describe, so that what cannot be costs no trial.
+
+        A value is refused if it cannot be with any choice of the others. One that does not go with some of them is
+        warned of: the rest of the space may be worth its trials.
+        """
+        check = None
+        if self.sweeper.check is not None:
+            # Jobs of a cluster may see a disk that this machine does not.
+            check = get_method(self.sweeper.check)(with_data=self.on_this_machine)
+
+        def refusal(setting: Mapping[str, Any]) -> str | None:
+            config = self._composed(setting)
+            try:
+                if check:
+                    check(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+            except ValueError as error:
+                return str(error)
+            return None
+
+        for setting in settings:
+            said = refusal(setting)
+            if said is None:
+                continue
+            shown = " ".join(overrides_of(setting))
+            if said == refusal({}):
+                raise ValueError(said)
+            never = [
+                overrides_of({key: value})[0]
+                for key, value in setting.items()
+                if all(map(refusal, surroundings(key, value, self.space.distributions)))
+            ]
+            if never:
+                raise ValueError(f"{never[0] if len(never) == 1 else shown} is in the search space, but {said}")
+            log.warning("trials such as %s will fail: %s", shown, said)
 
     def _warn_of_a_password(self) -> None:
         literal = not OmegaConf.is_interpolation(self.sweeper, "storage")
@@ -416,6 +457,8 @@ def _machine_at_fault_said() -> Iterator[None]:
         yield
     except Exception as error:
         said = str(error).splitlines()[0] if str(error) else repr(error)
+        if isinstance(error, ValueError) and not is_full(error):
+            raise
         if is_full(error):
             log.error("the disk is full (%s). Nothing is lost: make room and give the same command again.", said)
         elif is_away(error):
