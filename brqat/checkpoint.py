@@ -1,5 +1,6 @@
 """Checkpoints that are whole or absent, random states, and float weights from elsewhere."""
 
+import io
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,14 @@ from brqat.files import write_whole
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """torch.save to a temporary name, then renamed: a kill leaves the old file or the new one."""
-    write_whole(path, lambda file: torch.save(state, file))
+    """torch.save to a temporary name, then renamed: a kill leaves the old file or the new one.
+
+    By way of memory: what a signal's handler raises while torch writes to a file comes out as torch's RuntimeError, or
+    aborts the process.
+    """
+    archive = io.BytesIO()
+    torch.save(state, archive)
+    write_whole(path, lambda file: file.write(archive.getbuffer()))
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -157,6 +157,40 @@ class Harmful:
         return os.mkdir, (self.path,)
 
 
+INTERRUPTED = """
+import signal, sys, time, torch
+from pathlib import Path
+from brqat import checkpoint
+
+def stop(*_):
+    raise SystemExit(143)
+
+signal.signal(signal.SIGALRM, stop)
+path, state = Path(sys.argv[1]), {f"weight{i}": torch.randn(3000) for i in range(60)}
+started = time.perf_counter()
+checkpoint.save(path, state)
+whole, stopped = time.perf_counter() - started, 0
+for attempt in range(200):
+    try:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, whole * (attempt + 1) / 200)
+            checkpoint.save(path, state)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except SystemExit:
+        stopped += 1
+    assert checkpoint.load(path).keys() == state.keys()
+print(stopped)
+"""
+
+
+def test_signal_in_the_midst_of_a_save_comes_out_as_what_its_handler_raised(tmp_path):
+    """torch's writer makes a RuntimeError of it, or aborts, where it writes to a file itself."""
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, tmp_path / "a.pt"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 20
+
+
 @pytest.mark.parametrize("how", ["torch", "pickle"])
 def test_load_refuses_code_and_does_not_run_it(tmp_path, how):
     trace, path = tmp_path / "was_run", tmp_path / "file.pt"
