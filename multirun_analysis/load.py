@@ -3,16 +3,21 @@
 A run is a folder that holds summary.json (it ended) or only .hydra/config.yaml (it did not). In the frame
 the settings are columns `config.KEY`, because a config and a summary share names (`objective` is a word
 in the one and a number in the other); the summary's keys stand bare.
+
+What was read of a run is kept in a cache, with size and time of its files: a second call reads only what changed.
 """
 
+import hashlib
 import json
 import math
 import os
 import re
+import sqlite3
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,12 +26,22 @@ import pandas as pd
 import yaml
 
 CONFIG, SUMMARY = Path(".hydra/config.yaml"), Path("summary.json")
+STUDIES = ("study.db", "study.journal")  # what hydra/sweeper=study keeps its trials in
 LINE_KEYS = {"metrics.jsonl": ["epoch"], "levels.jsonl": ["epoch", "site"]}  # what a line is about
-NOT_SETTINGS = {"wandb", "tracking", "trial", "hydra", "resume", "cache_dir"}  # where a run is kept, not what it is
+# Where a run is kept and how it is fed, not what it is.
+NOT_SETTINGS = {"wandb", "tracking", "trial", "hydra", "resume", "cache_dir", "dataset.cache_dir", "dataset.workers"}
+# Columns that a frame has even where no run came to them.
+FIGURES = ("test_acc", "val_acc", "float_test_acc", "seconds", "weight_bits", "act_bits", "weight_bytes", "bops")
+COMMIT_EVERY = 500  # runs read: a call that is stopped loses no more
 
 
 class Unreadable(ValueError):
     """A file that is missing, empty or damaged; the message says which and why."""
+
+
+class Found(NamedTuple):
+    runs: list[Path]  # folders
+    studies: list[Path]  # files that a study is kept in
 
 
 class Runs(NamedTuple):
@@ -44,56 +59,132 @@ class Histogram(NamedTuple):
     counts: dict[int, np.ndarray]  # epoch -> (num_bars,)
 
 
-def find_runs(paths: Iterable[str | Path]) -> list[Path]:
-    """Every run at or below the paths, each once, in the order a person counts: 2 before 10."""
-    found = {}
+def find(paths: Iterable[str | Path]) -> Found:
+    """Every run and study at or below the paths, each once, in the order a person counts: 2 before 10."""
+    runs, studies = {}, {}
     for path in paths:
         for folder, subfolders, files in os.walk(path):
-            run = Path(folder)
-            if SUMMARY.name in files or (run / CONFIG).is_file():
-                found.setdefault(run.resolve(), run)
+            here = Path(folder)
+            if SUMMARY.name in files or (".hydra" in subfolders and (here / CONFIG).is_file()):
+                runs.setdefault(os.path.realpath(here), here)
+            for name in STUDIES:
+                if name in files:
+                    studies.setdefault(os.path.realpath(here / name), here / name)
             subfolders[:] = [name for name in subfolders if name != "wandb" and not name.startswith(".")]
-    return sorted(found.values(), key=_natural)
+    return Found(sorted(runs.values(), key=_natural), sorted(studies.values(), key=_natural))
 
 
-def load_runs(paths: Iterable[str | Path]) -> Runs:
-    """Read every run below the paths. What is damaged is named in `problems`, what is intact is kept."""
-    rows, problems = [], []
-    for folder in find_runs(paths):
-        row = {"path": str(folder), "status": "unfinished"}
-        try:
-            row |= {f"config.{key}": value for key, value in read_config(folder).items()}
-        except Unreadable as problem:
-            problems.append(str(problem))
-        try:
-            row |= read_summary(folder)
-        except Unreadable as problem:
-            if (folder / SUMMARY).exists():  # its absence is no damage: the run goes on, or was killed
-                row["status"] = "unreadable"
-                problems.append(str(problem))
-        if row["status"] == "completed":
-            problems += [
-                f"{folder / SUMMARY}: completed, but {key} is {row.get(key)}: in no mean of {key}"
-                for key in ("test_acc", "val_acc")
-                if not is_number(row.get(key))
-            ]
-        for name in LINE_KEYS:
-            problems += read_lines(folder / name).problems
-        rows.append(row)
+def load_runs(folders: Iterable[Path], cache: Path | None = None, track: Callable[[list], Iterable] = iter) -> Runs:
+    """Reads the runs in these folders. What is damaged is named in `problems`, what is intact is kept.
+
+    cache: a file for what was read; a damaged one, or one of another version of this code, is begun anew.
+    track: goes through the folders, and may show how far it has come.
+    """
+    rows, problems, same = [], [], {}
+    with closing(_Cache(cache)) as known:
+        for folder in track(list(folders)):
+            row, said = known.get_or_read(folder)
+            # Thousands of runs say the same: each value is kept once.
+            rows.append({key: same.setdefault((type(value), value), value) for key, value in row.items()})
+            problems += said
+    keys = dict.fromkeys(["path", "status"]) | dict.fromkeys(key for row in rows for key in row)
+    keys |= dict.fromkeys(FIGURES)
     # dtype=object keeps the integer 2 an integer in a column where another run has no value
-    return Runs(pd.DataFrame(rows, dtype=object), problems)
+    return Runs(pd.DataFrame(rows, columns=list(keys), dtype=object), problems)
+
+
+def read_run(folder: Path) -> tuple[dict, list[str]]:
+    """A run's row, and what is wrong with its files."""
+    row, problems = {"path": str(folder), "status": "unfinished"}, []
+    try:
+        row |= {f"config.{key}": value for key, value in read_config(folder).items()}
+    except Unreadable as problem:
+        problems.append(str(problem))
+    try:
+        row |= read_summary(folder)
+    except Unreadable as problem:
+        if (folder / SUMMARY).exists():  # its absence is no damage: the run goes on, or was killed
+            row["status"] = "unreadable"
+            problems.append(str(problem))
+    if row["status"] == "completed":
+        problems += [
+            f"{folder / SUMMARY}: completed, but {key} is {row.get(key)}: in no mean of {key}"
+            for key in ("test_acc", "val_acc")
+            if not is_number(row.get(key))
+        ]
+    for name in LINE_KEYS:
+        problems += damage(folder / name)
+    return row, problems
+
+
+class _Cache:
+    """Rows by folder in an SQLite file, each with the sizes and times of the files that it was read from."""
+
+    FILES = (CONFIG, SUMMARY, *map(Path, LINE_KEYS))
+
+    def __init__(self, file: Path | None):
+        self.file, self.since_commit = file, 0
+        self.rows = self._open(file or Path(":memory:"))
+
+    def _open(self, file: Path) -> sqlite3.Connection:
+        version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        for first in (True, False):
+            rows = sqlite3.connect(file, timeout=60)
+            try:
+                rows.execute("CREATE TABLE IF NOT EXISTS version (hash TEXT)")
+                if rows.execute("SELECT hash FROM version").fetchall() != [(version,)]:
+                    rows.executescript("DROP TABLE IF EXISTS runs; DELETE FROM version")
+                    rows.execute("CREATE TABLE runs (folder TEXT PRIMARY KEY, stamp TEXT, row TEXT, problems TEXT)")
+                    rows.execute("INSERT INTO version VALUES (?)", (version,))
+                    rows.commit()
+                return rows
+            except sqlite3.DatabaseError as error:
+                rows.close()
+                if isinstance(error, sqlite3.OperationalError) or not first:  # locked, or no place to write
+                    raise
+                file.unlink()
+        raise AssertionError
+
+    def get_or_read(self, folder: Path) -> tuple[dict, list[str]]:
+        key, stamp = os.path.abspath(folder), self._stamp(folder)
+        found = self.rows.execute("SELECT stamp, row, problems FROM runs WHERE folder = ?", (key,)).fetchone()
+        if found and found[0] == stamp:
+            return json.loads(found[1]) | {"path": str(folder)}, json.loads(found[2])
+        row, problems = read_run(folder)
+        if stamp == self._stamp(folder):  # else it was written while we read
+            values = (key, stamp, json.dumps(row), json.dumps(problems))
+            self.rows.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?)", values)
+            self.since_commit += 1
+            if self.since_commit % COMMIT_EVERY == 0:
+                self.rows.commit()
+        return row, problems
+
+    def _stamp(self, folder: Path) -> str:
+        stamps = []
+        for name in self.FILES:
+            try:
+                stat = os.stat(folder / name)
+                stamps.append(f"{stat.st_mtime_ns}:{stat.st_size}")
+            except OSError:
+                stamps.append("-")
+        return f"{folder} {' '.join(stamps)}"  # problems name the folder as it was given
+
+    def close(self) -> None:
+        self.rows.commit()
+        self.rows.close()
 
 
 def read_config(folder: Path) -> dict:
     """A run's settings, flat: {"quantizer.bits": 2, ...}. Interpolations stay as Hydra recorded them."""
     path = Path(folder) / CONFIG
     try:
-        config = yaml.safe_load(_text(path))
+        config = yaml.load(_text(path), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as error:
         raise Unreadable(f"{path}: not YAML ({_first_line(error)})") from error
     if not isinstance(config, dict):
         raise Unreadable(f"{path}: holds no settings")
-    return flatten({key: value for key, value in config.items() if key not in NOT_SETTINGS}, null="null")
+    flat = flatten({key: value for key, value in config.items() if key not in NOT_SETTINGS}, null="null")
+    return {key: value for key, value in flat.items() if key not in NOT_SETTINGS}
 
 
 def read_summary(folder: Path) -> dict:
@@ -115,10 +206,23 @@ def read_lines(path: Path) -> Lines:
     A resumed run may write an epoch again: the last line about it is the one that counts.
     """
     path = Path(path)
+    rows, problems = _lines(path)
+    keys = LINE_KEYS.get(path.name, ["epoch"])
+    last = {tuple(row.get(key) for key in keys): row for row in rows}
+    frame = pd.DataFrame(list(last.values()))
+    return Lines(frame.sort_values("epoch", kind="stable", ignore_index=True) if len(frame) else frame, problems)
+
+
+def damage(path: Path) -> list[str]:
+    """What is wrong with a .jsonl file."""
+    return _lines(path)[1]
+
+
+def _lines(path: Path) -> tuple[list[dict], list[str]]:
     try:
         lines = [(number, line) for number, line in enumerate(_text(path).splitlines(), 1) if line.strip()]
     except Unreadable as problem:
-        return Lines(pd.DataFrame(), [str(problem)])
+        return [], [str(problem)]
     rows, damaged, problems = [], [], []
     for number, line in lines:
         try:
@@ -131,14 +235,11 @@ def read_lines(path: Path) -> Lines:
             damaged.append(str(number))
     if damaged:
         problems.append(f"{path}: {len(damaged)} of {len(lines)} lines unreadable, skipped: {', '.join(damaged)}")
-    frame = pd.DataFrame(rows)
-    keys = [key for key in LINE_KEYS.get(path.name, ["epoch"]) if key in frame]
-    if keys:
-        again = frame.duplicated(keys, keep="last")
-        if again.any():
-            problems.append(f"{path}: {again.sum()} lines written again later, the last one counts")
-        frame = frame[~again].sort_values("epoch", kind="stable", ignore_index=True)
-    return Lines(frame, problems)
+    keys = LINE_KEYS.get(path.name, ["epoch"])
+    again = len(rows) - len({tuple(row.get(key) for key in keys) for row in rows})
+    if again:
+        problems.append(f"{path}: {again} lines written again later, the last one counts")
+    return rows, problems
 
 
 def read_histograms(folder: Path) -> dict[str, Histogram]:

@@ -1,143 +1,302 @@
-"""Run folders -> matplotlib figures; nothing here writes a file.
+"""Frames in, charts out: each function computes what it shows, and neither draws nor writes."""
 
-Colours are Okabe and Ito's, which the colour-blind can tell apart; line style or fill says the same again,
-so that a grey print reads too. Figures are made without pyplot: no display, no global state, Agg on saving.
-"""
-
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from .answers import widths
+from .chart import COLORS, REST, Axis, Chart, Grid, Panel, Series
 from .load import Histogram, Unreadable, is_number, read_config, read_histograms, read_lines
-from .tables import finite, levels_by_epoch
+from .stats import front
+from .study import Study
+from .tables import estimate_in, levels_by_epoch, show, text_of
 
-BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE = (
-    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
-)  # fmt: skip
-# Neighbours differ in lightness as well as in hue.
-LINES = [
-    (BLUE, "-"), (ORANGE, "--"), (BLACK, ":"), (VERMILLION, "-."), (SKY, "-"), (GREEN, "--"), (PURPLE, ":"),
-]  # fmt: skip
-STYLE = {
-    "figure.dpi": 150,
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-}
-MAX_ROWS = 4  # layers in a histogram figure
+MAX_LINES = len(COLORS)  # that can be told apart
 MAX_LEVELS = 16  # beyond that, lines at the levels hide the histogram
+LAMBDA_NAMES = {"lambda_br": "lambda_br, on weights", "lambda_br_act": "lambda_br_act, on activations"}
+# metric -> title, unit, scale
+OF_LEVELS = {
+    "effectiveness": ("Clustering: 100 is all on a level, 50 evenly spread", "effectiveness (%)", 1),
+    "oscillation_share": ("Weights that oscillate between two levels", "oscillation_share (%)", 100),
+    "flip_rate": ("Codes that changed since the last evaluation", "flip_rate (%)", 100),
+    "alpha_path": ("How far the step sizes have moved in all", "alpha_path (natural log)", 1),
+    "alpha_drift": ("Step sizes, ln(alpha / alpha after warmup): 0 is unmoved", "alpha_drift (natural log)", 1),
+    "clip_fraction": ("Values beyond the outer levels", "clip_fraction (%)", 100),
+}
 
 
-@matplotlib.rc_context(STYLE)
-def level_histograms(run_folder: Path) -> Figure:
-    """Histograms of v/alpha before BR and at the end: weights left, activations right, a layer per row."""
-    histograms = read_histograms(run_folder)
-    bits = _bits(run_folder)
-    layers = _layers(histograms, bits)
-    figure = Figure(figsize=(9, 0.9 + 1.7 * len(layers)), layout="constrained")
-    grid = figure.subplots(len(layers), 2, squeeze=False)
-    warmup = _warmup_epochs(run_folder)
-    for row, layer in zip(grid, layers, strict=True):
-        for axes, suffix in zip(row, ("weight", "input"), strict=True):
-            site = f"{layer}.{suffix}"
-            axes.set_title(f"{site}, {bits[site]} bit" if site in bits else site)
-            if site in histograms:
-                _draw_histogram(axes, histograms[site], warmup)
-                levels = integer_levels(histograms[site].edges, bits.get(site))
-                for level in levels if len(levels) <= MAX_LEVELS else ():
-                    axes.axvline(level, color=BLACK, linestyle=":", linewidth=0.8, zorder=0)
-            else:
-                _not_recorded(axes)
-        # A ReLU's zeros fill one bar with half of all elements: a linear axis would show nothing else.
-        row[1].set_yscale("log")
-        row[1].yaxis.set_major_formatter("{x:g}")
-        row[0].set_ylabel("elements (%)")
-        row[1].set_ylabel("elements (%, log)")
-    for axes, name in zip(grid[-1], ("weights", "activations"), strict=True):
-        axes.set_xlabel(f"{name}: v / alpha (the outermost bars hold all beyond)")
-    _legend(figure, loc="outside lower center", ncols=2)
-    figure.suptitle(f"{_name(run_folder)}: do the values gather at the integer levels (dotted)?", x=0.01, ha="left")
-    return figure
+class NoChart(ValueError):
+    """The data for a chart are not there; the message says why."""
 
 
-@matplotlib.rc_context(STYLE)
-def learning_curves(run_folders: Sequence[Path], labels: Sequence[str] | None = None) -> Figure:
-    """Validation accuracy, cross-entropy and BR over the epochs: a line per run, a colour per label."""
-    labels = [Path(folder).name for folder in run_folders] if labels is None else labels
-    names = list(dict.fromkeys(labels))
-    if len(names) > len(LINES):
-        raise ValueError(f"{len(names)} labels in one figure, but only {len(LINES)} lines can be told apart")
-    figure = Figure(figsize=(11, 3.6 + 0.2 * len(names)), layout="constrained")
-    panels = {
-        "val/acc": ("Validation accuracy: higher is better", "val/acc (%)"),
-        "train/ce": ("Cross-entropy in training", "train/ce (nats)"),
-        "train/br": ("Bin Regularization: falls as weights gather", "train/br (as logged, log scale)"),
-    }
-    for axes, (key, (title, unit)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for folder, label in zip(run_folders, labels, strict=True):
-            metrics = read_lines(Path(folder) / "metrics.jsonl").frame
-            if key not in metrics:
-                continue
-            color, style = LINES[names.index(label)]
-            values = finite(metrics[key], drop=False) * (100 if key == "val/acc" else 1)
-            marker = "." if len(values) == 1 else None  # one epoch makes no line
-            axes.plot(metrics["epoch"], values, color=color, linestyle=style, marker=marker, label=label)
-        axes.set(title=title, ylabel=unit, xlabel="epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        if not axes.lines:
-            _not_recorded(axes)
-        elif key == "train/br" and any((line.get_ydata() > 0).any() for line in axes.lines):
-            axes.set_yscale("log", nonpositive="mask")  # before BR begins it is 0: no line
-            axes.yaxis.set_major_formatter("{x:g}")
-    _legend(figure, loc="outside lower left", title="a line per run", alignment="left")
-    return figure
+# ---- settings
 
 
-@matplotlib.rc_context(STYLE)
-def levels_over_epochs(run_folder: Path) -> Figure:
-    """Clustering, clipping, flips and alpha's drift over the epochs, for weights and activations."""
-    panels = {
-        "effectiveness": ("Clustering at the levels: 100 is all on a level", "effectiveness (%)", 1),
-        "clip_fraction": ("Values beyond the outer levels", "clip_fraction (%)", 100),
-        "flip_rate": ("Codes that changed since the last evaluation", "flip_rate (%)", 100),
-        "alpha_drift": (
-            "Step sizes, ln(alpha / alpha after warmup): 0 is unmoved",
-            "alpha_drift (natural log)",
-            1,
-        ),
-    }
-    lines = read_lines(Path(run_folder) / "levels.jsonl")
-    if lines.frame.empty:
-        raise Unreadable("; ".join(lines.problems))
-    table = levels_by_epoch(lines.frame, list(panels))
-    figure = Figure(figsize=(9, 6.2), layout="constrained")
-    warmup = _warmup_epochs(run_folder)
-    for axes, (key, (title, unit, scale)) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items(), strict=True):
-        axes.set(title=title, ylabel=unit, xlabel="epoch" if axes.get_subplotspec().is_last_row() else None)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        if f"{key}_mean" not in table or table[f"{key}_mean"].isna().all():
-            _not_recorded(axes)
+def accuracy_against_lambda(table: pd.DataFrame) -> Chart:
+    """Test accuracy over the strength of BR, a panel per bit-width and a series per alpha policy."""
+    rows = [row for row in table.to_dict("records") if row["test_acc_n"] > 0 and row["bits"]]
+    names = [
+        name
+        for name in LAMBDA_NAMES
+        if len({row[name] for row in rows if is_number(row[name])}) > 1
+    ]  # fmt: skip
+    if not names:
+        raise NoChart("no two completed settings differ in lambda_br or lambda_br_act")
+    if len(names) == 2 and len({round(row[names[1]] / row[names[0]], 9) for row in rows if row[names[0]]}) == 1:
+        names = names[:1]  # one follows from the other
+    panels, best = [], []
+    for bits in widths(table):
+        of_width = [row for row in rows if row["bits"] == bits]
+        for name in names:
+            known = [row for row in of_width if is_number(row[name])]
+            panels.append(_against(name, bits, known, joined=len(names) == 1))
+        top = max(of_width, key=lambda row: row["test_acc_mean"], default=None)
+        if top:
+            best.append(f"{bits}: highest mean {100 * top['test_acc_mean']:.1f} at lambda_br {show(top['lambda_br'])}")
+    return Chart(
+        "accuracy_against_lambda",
+        "Does regularization help? Test accuracy against lambda, 0 at the left; bars are 95 % intervals over seeds",
+        "Test accuracy in percent against the strength of Bin Regularization. " + "; ".join(best) + ".",
+        panels,
+        columns=2 if len(names) == 2 else 3,
+    )
+
+
+def _against(name: str, bits: str, rows: list[dict], joined: bool) -> Panel:
+    positive = sorted({row[name] for row in rows if row[name] > 0})
+    zero = positive[0] / 10 ** (0.5 if len(positive) < 2 else max(0.3, math.log10(positive[-1] / positive[0]) / 6))
+    zero = zero if positive else 1.0
+    series = []
+    for place, policy in enumerate(sorted({row["policy"] or "-" for row in rows})):
+        mine = sorted((row for row in rows if (row["policy"] or "-") == policy), key=lambda row: row[name])
+        x = [row[name] or zero for row in mine]
+        line = joined and len(set(x)) == len(x)
+        series.append(_points(f"alpha {policy}", x, mine, "both" if line else "points", place))
+    floats = [row["float_test_acc_mean"] for row in rows if row["float_test_acc_n"]]
+    lines = [(100 * float(np.mean(floats)), "float")] if floats else []
+    ticks = {zero: "0"} | {value: f"{value:g}" for value in _decades(positive)}
+    if len(positive) <= 6 and all(high / low > 1.5 for low, high in pairwise([zero, *positive])):
+        ticks = {zero: "0"} | {value: f"{value:.3g}" for value in positive}
+    return Panel(f"{bits}", LAMBDA_NAMES[name], "test accuracy (%)", series, log_x=True, ticks=ticks, across=lines)
+
+
+def _decades(values: Sequence[float]) -> list[float]:
+    if not values:
+        return []
+    low, high = math.floor(math.log10(values[0])), math.ceil(math.log10(values[-1]))
+    return [10.0**power for power in range(low, high + 1)]
+
+
+def _points(name: str, x: Sequence, rows: Sequence[dict], kind: str, style: int, figure: str = "test_acc") -> Series:
+    def percent(part: str) -> list[float]:
+        """An interval by Student's t may pass 100 %, and no accuracy can: its bar ends there."""
+        return [min(100 * row[f"{figure}_{part}"], 100.0) for row in rows]
+
+    notes = [f"{_setting(row)}<br>{text_of(estimate_in(row, figure), figure)} %" for row in rows]
+    return Series(name, x, percent("mean"), kind, style, percent("low"), percent("high"), notes)
+
+
+def _setting(row: dict) -> str:
+    return "<br>".join(f"{key.removeprefix('config.')}={show(row[key])}" for key in row if key.startswith("config."))
+
+
+def pareto(table: pd.DataFrame) -> Chart:
+    """Test accuracy against what a network costs: bytes of its weights, and bit operations of a forward pass."""
+    panels, said = [], []
+    for name, label in (("weight_bytes", "weights (bytes)"), ("bops", "bit operations per picture (BOPs)")):
+        rows = [row for row in table.to_dict("records") if row["test_acc_n"] > 0 and is_number(row[name])]
+        if len({row[name] for row in rows}) < 2:
             continue
-        _draw_levels(axes, table, key, scale)
-        if key == "effectiveness":
-            axes.axhline(50, color="0.5", linewidth=0.8)
-            axes.annotate("uniform in the bins", (1, 50), xycoords=("axes fraction", "data"), ha="right",
-                          va="bottom", color="0.35", fontsize=7)  # fmt: skip
-        if warmup is not None and 0 < warmup < table["epoch"].max():
-            axes.axvline(warmup, color=BLACK, linestyle=":", linewidth=1, label="end of warmup")
-    _legend(figure, loc="outside lower center", ncols=3)
-    figure.suptitle(f"{_name(run_folder)}: mean over the sites, band from lowest to highest", x=0.01, ha="left")
-    return figure
+        series = []
+        for place, bits in enumerate(widths(table)):
+            mine = [row for row in rows if row["bits"] == bits]
+            series.append(_points(bits, [row[name] for row in mine], mine, "points", place))
+        best = [rows[place] for place in front([(row[name], row["test_acc_mean"]) for row in rows])]
+        x, y = [row[name] for row in best], [100 * row["test_acc_mean"] for row in best]
+        series.insert(0, Series("nothing smaller is better", x, y, "line", REST))
+        panels.append(Panel(f"Test accuracy against {name}", label, "test accuracy (%)", series, log_x=True))
+        said.append(f"{name}: " + ", ".join(f"{a:.1f} % at {b:,.0f}" for a, b in zip(y, x, strict=True)))
+    if not panels:
+        raise NoChart("all completed settings cost the same: there is no front")
+    return Chart(
+        "pareto",
+        "What does accuracy cost? The grey line joins settings that no smaller one beats",
+        "Settings on the Pareto front. " + "; ".join(said) + ".",
+        panels,
+    )
+
+
+# ---- the course of runs
+
+
+def learning_curves(runs: dict[str, Sequence[Path]]) -> Chart:
+    """Validation accuracy, cross-entropy and BR over the epochs. runs: name -> folders, of which the mean is drawn."""
+    if len(runs) > MAX_LINES:
+        raise ValueError(f"{len(runs)} names in one chart, but only {MAX_LINES} lines can be told apart")
+    panels, ends = [], []
+    for key, title, unit, scale in (
+        ("val/acc", "Validation accuracy: higher is better", "val/acc (%)", 100),
+        ("train/ce", "Cross-entropy in training", "train/ce (nats)", 1),
+        ("train/br", "Bin Regularization: falls as weights gather", "train/br (as logged, log scale)", 1),
+    ):
+        series = []
+        for style, (name, folders) in enumerate(runs.items()):
+            curve = _mean_over_runs([read_lines(Path(folder) / "metrics.jsonl").frame for folder in folders], key)
+            if key == "train/br":  # before BR begins it is 0: no line on a logarithmic axis
+                curve = curve[curve["mean"] > 0]
+            if len(curve):
+                low, high = (scale * curve[part] for part in ("min", "max"))
+                band = (list(low), list(high)) if len(folders) > 1 else (None, None)
+                y = list(scale * curve["mean"])
+                series.append(Series(name, list(curve.index), y, "line", style, *band))
+                if key == "val/acc":
+                    ends.append(f"{name} ends at {y[-1]:.1f}")
+        panels.append(Panel(title, "epoch", unit, series, log_y=key == "train/br" and bool(series)))
+    alt = f"Validation accuracy in percent: {'; '.join(ends)}." if ends else "No run has written an epoch."
+    title = "How did training go? Lines are means over seeds, bands from lowest to highest"
+    return Chart("learning_curves", title, alt, panels, columns=3)
+
+
+def _mean_over_runs(frames: Sequence[pd.DataFrame], key: str) -> pd.DataFrame:
+    """mean, min and max of a column by epoch, over the runs that have it."""
+    columns = [pd.to_numeric(f.set_index("epoch")[key], errors="coerce") for f in frames if key in f]
+    if not columns:
+        return pd.DataFrame(columns=["mean", "min", "max"])
+    table = pd.concat(columns, axis=1).replace([np.inf, -np.inf], np.nan).dropna(how="all").sort_index()
+    return table.agg(["mean", "min", "max"], axis=1)
+
+
+def levels_over_epochs(runs: dict[str, Sequence[Path]], kind: str, bits: int, tag: str) -> Chart:
+    """How the levels of one kind of site fared, a line per name. runs: name -> folders; kind: weight or act."""
+    if len(runs) > MAX_LINES:
+        raise ValueError(f"{len(runs)} names in one chart, but only {MAX_LINES} lines can be told apart")
+    tables = {name: _levels([Path(folder) for folder in folders]) for name, folders in runs.items()}
+    warmups = {warmup_epochs(Path(folder)) for folders in runs.values() for folder in folders}
+    warmup = warmups.pop() if len(warmups) == 1 else None
+    panels, ends = [], []
+    for key, (title, unit, scale) in OF_LEVELS.items():
+        series = []
+        for style, (name, table) in enumerate(tables.items()):
+            if f"{key}_mean" not in table:
+                continue
+            part = table[(table["kind"] == kind) & (table["bits"] == bits)].dropna(subset=f"{key}_mean")
+            if len(part):
+                mean, low, high = (list(scale * part[f"{key}_{what}"]) for what in ("mean", "min", "max"))
+                series.append(Series(name, list(part["epoch"]), mean, "line", style, low, high))
+                if key == "effectiveness":
+                    ends.append(f"{name} ends at {mean[-1]:.1f}")
+        upright = [(warmup, "BR begins")] if warmup and series else []
+        if series:
+            panels.append(Panel(title, "epoch", unit, series, upright=upright))
+    if not panels:
+        raise NoChart(f"no run has levels of {kind} sites at {bits} bits")
+    things = "weights" if kind == "weight" else "activations"
+    return Chart(
+        f"levels_{kind}_{tag}",
+        f"{tag}, {things} at {bits} bits: did they gather at their levels, and did the step sizes hold still?",
+        f"Effectiveness of {things} in percent, where 100 is all on a level and 50 evenly spread: {'; '.join(ends)}.",
+        panels,
+        columns=3,
+    )
+
+
+def _levels(folders: Sequence[Path]) -> pd.DataFrame:
+    """levels_by_epoch over several runs: means of their means, from the lowest to the highest site of any."""
+    tables = []
+    for folder in folders:
+        lines = read_lines(folder / "levels.jsonl").frame
+        if len(lines) and {"kind", "bits", "site"} <= set(lines):
+            tables.append(levels_by_epoch(lines, list(OF_LEVELS)))
+    if not tables:
+        return pd.DataFrame()
+    together = pd.concat(tables)
+    how = {name: name.rpartition("_")[2] for name in together if name.endswith(("_mean", "_min", "_max"))}
+    return together.groupby(["kind", "bits", "epoch"], as_index=False).agg(how)
+
+
+def effectiveness_map(folder: Path, name: str) -> Chart:
+    """Effectiveness of every site over the epochs, in the order of the net."""
+    levels = _read_levels(folder)
+    if "effectiveness" not in levels:
+        raise NoChart(f"{folder}: levels.jsonl has no effectiveness")
+    epochs = sorted(levels["epoch"].unique())
+    panels, said = [], []
+    for kind, things in (("weight", "weights"), ("act", "activations")):
+        part = levels[levels["kind"] == kind]
+        if part.empty:
+            continue
+        sites = list(dict.fromkeys(part["site"]))
+        table = {(row.site, row.epoch): row.effectiveness for row in part.itertuples()}
+        values = [[_number(table.get((site, epoch))) for epoch in epochs] for site in sites]
+        bits = part.drop_duplicates("site").set_index("site")["bits"]
+        labels = [f"{site} ({show(bits[site])} bit)" for site in sites]
+        known = [value for row in values for value in row if value is not None] or [0]
+        ends = 5 * math.floor(min(known) / 5), 5 * math.ceil(max(known) / 5 + 1e-9)
+        grid = Grid(epochs, labels, values, "effectiveness (%)", *ends)
+        panels.append(Panel(f"{things}: bright is on its levels", "epoch", "", grid=grid))
+        last = [row[-1] for row in values if row[-1] is not None]
+        if last:
+            said.append(f"{things} end between {min(last):.0f} and {max(last):.0f} percent over {len(sites)} sites")
+    title = f"{name}: which layers gather at their levels, and when?"
+    return Chart("effectiveness_map", title, f"Effectiveness by site and epoch: {'; '.join(said)}.", panels)
+
+
+def level_histograms(folder: Path, name: str, most_layers: int | None = None) -> Chart:
+    """Histograms of v/alpha before BR and at the end: weights left, activations right, a layer per row.
+
+    most_layers: of those with the fewest bits, spread over the depth; None: all layers.
+    """
+    histograms = read_histograms(folder)
+    bits, warmup = _bits(folder), warmup_epochs(folder)
+    panels = []
+    layers = _layers(histograms, bits, most_layers)
+    for layer in layers:
+        for suffix, label in (("weight", "weights: v / alpha"), ("input", "activations: v / alpha")):
+            site = f"{layer}.{suffix}"
+            title = f"{site}, {bits[site]} bit" if site in bits else site
+            unit = "elements (%)" if suffix == "weight" else "elements (%, log)"
+            if site not in histograms:
+                panels.append(Panel(title, label, unit))
+                continue
+            levels = integer_levels(histograms[site].edges, bits.get(site))
+            upright = [(level, "") for level in levels] if len(levels) <= MAX_LEVELS else []
+            # A ReLU's zeros fill one bar with half of all elements: a linear axis would show nothing else.
+            steps = _before_and_after(histograms[site], warmup)
+            panels.append(Panel(title, label, unit, steps, log_y=suffix == "input", upright=upright))
+    shown = f" ({len(layers)} of {len({site.rpartition('.')[0] for site in histograms})} layers)" if most_layers else ""
+    return Chart(
+        "level_histograms",
+        f"{name}: do the values gather at the integer levels (dotted)?{shown}",
+        f"Histograms of weights and activations in units of their step size, {len(layers)} layers, "
+        "before Bin Regularization begins and at the end; their figures are in the tables of levels.",
+        panels,
+    )
+
+
+def _before_and_after(histogram: Histogram, warmup: int | None) -> list[Series]:
+    histogram = _trimmed(histogram)
+    last = max(histogram.counts)
+    first = max((epoch for epoch in histogram.counts if epoch <= (warmup or 0)), default=min(histogram.counts))
+    when = "before BR" if warmup is not None and first <= warmup else "first on record"
+    series = []
+    if first != last:
+        name = f"epoch {first}, {when}"
+        series.append(Series(name, histogram.edges, _percent(histogram.counts[first]), "filled", 4))
+    return [*series, Series(f"epoch {last}, the end", histogram.edges, _percent(histogram.counts[last]), "steps", 5)]
+
+
+def _trimmed(histogram: Histogram) -> Histogram:
+    """Without the bars at either end that no epoch has filled: 8-bit weights fill a few of their 256 levels."""
+    filled = np.flatnonzero(sum(histogram.counts.values()))
+    if len(filled) == 0:
+        return histogram
+    first, last = max(filled[0] - 2, 0), min(filled[-1] + 3, len(histogram.edges) - 1)
+    counts = {epoch: row[first:last] for epoch, row in histogram.counts.items()}
+    return Histogram(histogram.edges[first : last + 1], counts)
 
 
 def integer_levels(edges: np.ndarray, bits: int | None) -> range:
@@ -146,68 +305,178 @@ def integer_levels(edges: np.ndarray, bits: int | None) -> range:
     return range(qn, qp + 1, 2 if bits == 1 and qn < 0 else 1)  # 1-bit weights are {-1, +1}: no zero
 
 
-def _draw_histogram(axes: Axes, histogram: Histogram, warmup: int | None) -> None:
-    last = max(histogram.counts)
-    first = max((epoch for epoch in histogram.counts if epoch <= (warmup or 0)), default=min(histogram.counts))
-    when = "before BR" if warmup is not None and first <= warmup else "first on record"
-    if first != last:
-        axes.stairs(_percent(histogram.counts[first]), histogram.edges, fill=True, color=SKY, alpha=0.7,
-                    label=f"epoch {first}, {when}")  # fmt: skip
-    axes.stairs(_percent(histogram.counts[last]), histogram.edges, color=VERMILLION, linewidth=1.1,
-                label=f"epoch {last}, the end")  # fmt: skip
+# ---- studies
 
 
-def _draw_levels(axes: Axes, table: pd.DataFrame, key: str, scale: float) -> None:
-    few = table["bits"].min()
-    for kind, name, color in (("weight", "weights", BLUE), ("act", "activations", ORANGE)):
-        of_kind = table[table["kind"] == kind]
-        for bits, part in of_kind.groupby("bits"):
-            style = {("weight", True): "-", ("act", True): "--"}.get((kind, bits == few), ":")
-            label = f"{name}, {bits:g} bit ({part['sites'].max()} sites)"
-            mean, low, high = (scale * part[f"{key}_{what}"] for what in ("mean", "min", "max"))
-            axes.plot(part["epoch"], mean, color=color, linestyle=style, label=label)
-            axes.fill_between(part["epoch"], low, high, color=color, alpha=0.15, linewidth=0)
+def study_history(study: Study) -> Chart:
+    """Each trial's objective in order, and the best so far."""
+    panels, said = [], []
+    for place, (name, direction) in enumerate(study.objectives):
+        rows = _measured(study, place)
+        if not rows:
+            continue
+        sign = 1 if direction == "maximize" else -1
+        best = list(sign * np.maximum.accumulate([sign * row[f"value_{place}"] for row in rows]))
+        series = [Series(f"best so far ({direction})", [row["number"] for row in rows], best, "line", REST)]
+        for style, (control, label) in enumerate(((False, "trial"), (True, "control, lambda 0"))):
+            mine = [row for row in rows if row["control"] == control]
+            series.append(_trials(label, mine, place, "number", style, study))
+        panels.append(Panel(f"{name} by trial", "trial", name, [one for one in series if len(one.x)]))
+        said.append(f"{name} came to {best[-1]:.4g} after {len(rows)} trials")
+    if not panels:
+        raise NoChart(f"study {study.name} has no measured trial")
+    title = f"Study {study.name}: is it still finding better settings?"
+    return Chart(f"study_{_safe(study.name)}_history", title, "; ".join(said) + ".", panels)
 
 
-def _layers(histograms: dict[str, Histogram], bits: dict[str, int]) -> list[str]:
-    """Up to MAX_ROWS layers spread over the depth, among those with the fewest bits."""
+def study_importances(study: Study) -> Chart:
+    """Which parameters moved the objective, by fANOVA."""
+    if not study.importances:
+        raise NoChart(f"study {study.name}: {study.without}")
+    names, shares = list(study.importances), [100 * value for value in study.importances.values()]
+    said = ", ".join(f"{name} {share:.0f} %" for name, share in zip(names, shares, strict=True))
+    panel = Panel("Share of the objective's variance", "importance (%)", "", [Series("", names, shares, "bars")])
+    title = f"Study {study.name}: what mattered? fANOVA over {len(_measured(study, 0, searched=True))} trials"
+    return Chart(f"study_{_safe(study.name)}_importances", title, f"Importances: {said}.", [panel], columns=1)
+
+
+def study_slices(study: Study) -> Chart:
+    """The objective against each parameter alone."""
+    rows, panels = _measured(study, 0), []
+    name = study.objectives[0][0]
+    for key in study.parameters:
+        mine = [row for row in rows if _known(row.get(key))]
+        values = [row[key] for row in mine]
+        if len(set(values)) < 2:
+            continue
+        short = key.removeprefix("config.")
+        if all(is_number(value) for value in values):
+            numbers = sorted({value for value in values if value > 0})
+            log = len(numbers) > 1 and numbers[-1] / numbers[0] > 30
+            zero = numbers[0] / 10**0.5 if numbers else 1
+            x, few = [value or zero if log else value for value in values], len(set(values)) <= 6
+            ticks = {zero: "0"} | {v: f"{v:g}" for v in _decades(numbers)} if log else None
+            ticks = {v: f"{v:g}" for v in sorted(set(values))} if few and not log else ticks
+        else:
+            names = sorted({show(value) for value in values})
+            x, log, ticks = [names.index(show(v)) for v in values], False, dict(enumerate(names))
+        series = []
+        for style, (control, label) in enumerate(((False, "trial"), (True, "control, lambda 0"))):
+            chosen = [place for place, row in enumerate(mine) if row["control"] == control]
+            if chosen:
+                notes = [_trial_note(mine[place], study) for place in chosen]
+                y = [mine[place]["value_0"] for place in chosen]
+                series.append(Series(label, [x[p] for p in chosen], y, "points", style, notes=notes))
+        panels.append(Panel(short, short, name, series, log_x=log, ticks=ticks))
+    if not panels:
+        raise NoChart(f"study {study.name}: no parameter took two values in measured trials")
+    title = f"Study {study.name}: where along each parameter is it good?"
+    alt = f"{name} against {', '.join(panel.title for panel in panels)}, {len(rows)} trials."
+    return Chart(f"study_{_safe(study.name)}_slices", title, alt, panels, columns=3)
+
+
+def study_parallel(study: Study) -> Chart:
+    """A line per trial through its parameters to its objective."""
+    rows = [row for row in _measured(study, 0) if all(_known(row.get(key)) for key in study.parameters)]
+    if len(rows) < 2:
+        raise NoChart(f"study {study.name} has fewer than two measured trials with all parameters")
+    axes = []
+    for key in study.parameters:
+        values = [row[key] for row in rows]
+        if all(is_number(value) for value in values):
+            numbers = sorted({value for value in values if value > 0})
+            if len(numbers) > 1 and numbers[-1] / numbers[0] > 30:
+                zero = numbers[0] / 10**0.5
+                ticks = {math.log10(v): f"{v:g}" for v in _decades(numbers) if numbers[0] / 2 <= v <= 2 * numbers[-1]}
+                ticks |= {math.log10(zero): "0"} if 0 in values else {}
+                axes.append(Axis(key.split(".")[-1], [math.log10(value or zero) for value in values], ticks))
+            else:
+                axes.append(Axis(key.split(".")[-1], values, {v: f"{v:g}" for v in sorted(set(values))[:9]}))
+        else:
+            names = sorted({show(value) for value in values})
+            places = [names.index(show(value)) for value in values]
+            axes.append(Axis(key.split(".")[-1], places, dict(enumerate(names))))
+    objective = study.objectives[0][0]
+    axes.append(Axis(objective, [row["value_0"] for row in rows]))
+    title = f"Study {study.name}: which settings go together? Bright lines have the highest {objective}"
+    alt = f"{len(rows)} trials as lines through {', '.join(axis.name for axis in axes)}."
+    panel = Panel("A line per trial", "", "", parallel=axes)
+    return Chart(f"study_{_safe(study.name)}_parallel", title, alt, [panel], columns=1)
+
+
+OF_STUDIES: tuple[Callable[[Study], Chart], ...] = (study_history, study_importances, study_slices, study_parallel)
+
+
+def _measured(study: Study, place: int, searched: bool = False) -> list[dict]:
+    """Completed trials whose objective was measured; a diverged one stands for the worst and was not."""
+    return [
+        row
+        for row in study.trials.to_dict("records")
+        if row["state"] == "complete"
+        and row["status"] != "diverged"
+        and is_number(row[f"value_{place}"])
+        and not (searched and row["control"])
+    ]
+
+
+def _trials(label: str, rows: list[dict], place: int, x: str, style: int, study: Study) -> Series:
+    values = [row[f"value_{place}"] for row in rows]
+    notes = [_trial_note(row, study) for row in rows]
+    return Series(label, [row[x] for row in rows], values, "points", style, notes=notes)
+
+
+def _trial_note(row: dict, study: Study) -> str:
+    said = [f"trial {row['number']}: {row['value_0']:.4g}"]
+    return "<br>".join([*said, *(f"{key}={show(row[key])}" for key in study.parameters if _known(row.get(key)))])
+
+
+# ---- the parts
+
+
+def warmup_epochs(folder: Path) -> int | None:
+    try:
+        warmup = read_config(folder).get("warmup_epochs")
+    except Unreadable:  # load_runs names it; the chart only goes without its mark
+        return None
+    return warmup if is_number(warmup) else None
+
+
+def _read_levels(folder: Path) -> pd.DataFrame:
+    lines = read_lines(Path(folder) / "levels.jsonl")
+    if lines.frame.empty or not {"site", "kind", "bits"} <= set(lines.frame):
+        raise NoChart("; ".join(lines.problems) or f"{folder}/levels.jsonl has no sites")
+    return lines.frame
+
+
+def _layers(histograms: dict[str, Histogram], bits: dict[str, int], most: int | None) -> list[str]:
+    if most is None:
+        return list(dict.fromkeys(site.rpartition(".")[0] for site in histograms))
     few = min((bits[site] for site in histograms if site in bits), default=None)
     sites = [site for site in histograms if bits.get(site) == few]
     layers = list(dict.fromkeys(site.rpartition(".")[0] for site in sites))
-    spread = np.linspace(0, len(layers) - 1, min(MAX_ROWS, len(layers))).round().astype(int)
+    spread = np.linspace(0, len(layers) - 1, min(most, len(layers))).round().astype(int)
     return [layers[i] for i in spread]
 
 
-def _name(run_folder: Path) -> str:
-    return f"run {Path(run_folder).resolve().name}"
-
-
-def _bits(run_folder: Path) -> dict[str, int]:
-    levels = read_lines(Path(run_folder) / "levels.jsonl").frame
+def _bits(folder: Path) -> dict[str, int]:
+    levels = read_lines(Path(folder) / "levels.jsonl").frame
     if not {"site", "bits"} <= set(levels):
         return {}
     return levels.dropna(subset="bits").astype({"bits": int}).set_index("site")["bits"].to_dict()
-
-
-def _warmup_epochs(run_folder: Path) -> int | None:
-    try:
-        warmup = read_config(run_folder).get("warmup_epochs")
-    except Unreadable:  # load_runs names it; the figure only goes without its mark
-        return None
-    return warmup if is_number(warmup) else None
 
 
 def _percent(counts: np.ndarray) -> np.ndarray:
     return 100 * counts / max(counts.sum(), 1)
 
 
-def _legend(figure: Figure, **where) -> None:
-    """One legend for all panels, each label once."""
-    handles = {}
-    for axes in figure.axes:
-        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), **where)
+def _number(value: object) -> float | None:
+    return float(value) if is_number(value) else None
 
 
-def _not_recorded(axes: Axes) -> None:
-    axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", va="center", color="0.4")
+def _known(value: object) -> bool:
+    return value is not None and value == value
+
+
+def _safe(name: str) -> str:
+    """A name as part of a file's."""
+    return "".join(character if character.isalnum() or character in "-_" else "_" for character in name)

@@ -1,19 +1,39 @@
-"""The table settings x seeds, and levels over epochs: frames in, frames out, Markdown last.
-
-A row is one combination of the settings that vary among the runs, the seed apart. A figure brings its n:
-mean +- sample standard deviation (ddof=1) over the completed runs, and for a single run no spread at all.
-"""
+"""Tables: settings by seeds, runs one by one, levels over epochs. Frames in, frames out, text last."""
 
 import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 
-from .load import Runs, gathered
+from .load import Runs, gathered, is_number
+from .stats import (
+    CONFIDENCE,
+    FIGURES,
+    LAMBDAS,
+    SEED,
+    Estimate,
+    bits_of,
+    comparisons,
+    estimate,
+    figures_of,
+    is_control,
+    policy_of,
+    strength,
+)
+from .stats import settings as settings_of
 
-ACCURACIES = ("test_acc", "val_acc", "float_test_acc")  # fractions in the files, percent on paper
-METRICS = (*ACCURACIES, "seconds")
-SEED = "config.seed"
+IN_PERCENT = ("test_acc", "val_acc", "float_test_acc", "gap", "difference")  # fractions in the files
+WITH_INTERVAL = ("test_acc", "difference")  # in the table; the others have theirs in the frame
+HEADS = {
+    "test_acc": "test_acc %",
+    "val_acc": "val_acc %",
+    "float_test_acc": "float_test_acc %",
+    "gap": "gap to float",
+    "difference": "vs lambda 0",
+    "seconds": "seconds",
+}
 # A figure means little without these, so they are named even where they do not vary.
 ALWAYS_NAMED = (
     "dataset._target_",
@@ -31,57 +51,95 @@ ALWAYS_NAMED = (
 )
 
 
-def with_settings(frame: pd.DataFrame) -> pd.DataFrame:
-    """The runs whose config could be read. The others belong to no row: averaging them would mix settings."""
-    return frame[frame.filter(regex=r"^config\.").notna().any(axis=1)]
+def settings_table(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """A row per setting: values of the keys, seeds, estimates of the figures, and what did not complete.
 
-
-def varying(frame: pd.DataFrame) -> list[str]:
-    """The config columns, seed apart, in which the runs differ; a key that some lack differs as well."""
-    settings = with_settings(frame).filter(regex=r"^config\.").drop(columns=SEED, errors="ignore")
-    return [key for key in settings if settings[key].nunique(dropna=False) > 1]
-
-
-def groups(frame: pd.DataFrame) -> list[tuple[tuple, pd.DataFrame]]:
-    """(values of the varying settings, their runs) for each combination, in order of the values."""
-    frame, keys = with_settings(frame), varying(frame)
-    if frame.empty:
-        return []
-    if not keys:
-        return [((), frame)]
-    return sorted(frame.groupby(keys, sort=False, dropna=False), key=lambda group: _order(group[0]))
-
-
-def settings_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """A row per combination: its settings, seeds, METRIC_mean, METRIC_sd, METRIC_n and `not_completed`."""
-    keys, rows = varying(frame), []
-    for values, runs in groups(frame):
-        done = runs[runs["status"] == "completed"]
-        row = dict(zip(keys, values, strict=True))
-        row["seeds"] = sorted(done[SEED], key=lambda seed: _order((seed,))) if SEED in done else []
-        for metric in METRICS:
-            figures = finite(done[metric]) if metric in done else pd.Series(dtype=float)
-            row[f"{metric}_mean"] = figures.mean()
-            row[f"{metric}_sd"] = figures.std(ddof=1)  # NaN for a single run
-            row[f"{metric}_n"] = len(figures)
-        row["not_completed"] = _counted(runs.loc[runs["status"] != "completed", "status"])
+    An estimate is five columns: FIGURE_mean, _sd, _n, _low, _high. `difference` is test accuracy against `control`,
+    the row of the same settings without regularization.
+    """
+    found = settings_of(frame, keys)
+    rows = []
+    for setting, compared in zip(found, comparisons(found, keys), strict=True):
+        row = dict(zip(keys, setting.values, strict=True))
+        row["bits"], row["policy"] = bits_of(setting), policy_of(setting)
+        for name in ("weight_bits", "act_bits", "weight_bytes", "bops"):
+            row[name] = _the_only(run[name] for run in setting.runs)
+        for name in LAMBDAS:
+            row[name] = _the_only(strength(run, name) for run in setting.runs)
+        done = sorted(setting.counted, key=lambda run: _numbers_first(run.get(SEED)))
+        row["seeds"] = [run[SEED] for run in done if run.get(SEED) is not None]
+        row["paths"] = [run["path"] for run in done]
+        for name, values in figures_of(setting.counted).items():
+            row |= _columns(name, estimate(values))
+        row["is_control"] = is_control(setting)
+        row["control"] = None if compared is None else compared.control
+        row |= _columns("difference", estimate([]) if compared is None else compared.difference)
+        row["not_completed"] = counted(run["status"] for run in setting.runs if run["status"] != "completed")
         rows.append(row)
     return pd.DataFrame(rows, dtype=object)
 
 
-def to_markdown(table: pd.DataFrame) -> str:
-    """A settings_table as Markdown, padded so that it reads in a terminal too."""
-    settings = [name for name in table if name.startswith("config.")]
-    header = [name.removeprefix("config.") for name in settings]
-    header += ["seeds", *(f"{name} %" if name in ACCURACIES else name for name in METRICS), "not completed"]
+def _numbers_first(value: object) -> tuple:
+    return (0, value, "") if is_number(value) else (1, 0, str(value))
+
+
+def _the_only(values: Iterable) -> float | None:
+    """The number that all of them are, apart from those that are none."""
+    numbers = {value for value in values if is_number(value)}
+    return numbers.pop() if len(numbers) == 1 else None
+
+
+def _columns(name: str, figure: Estimate) -> dict[str, float]:
+    return {f"{name}_{part}": value for part, value in figure._asdict().items()}
+
+
+def estimate_in(row: dict, name: str) -> Estimate:
+    """An estimate from the columns of a settings_table's row."""
+    return Estimate(*(row[f"{name}_{part}"] for part in Estimate._fields))
+
+
+def cells(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Head and body of a settings_table as text."""
+    keys = [name for name in table if name.startswith("config.")]
+    shown = [name for name in (*FIGURES[:4], "difference", "seconds") if table[f"{name}_n"].any()]
+    sizes = [name for name in ("weight_bytes", "bops") if table[name].notna().any()]
+    head = [name.removeprefix("config.") for name in keys]
+    head += ["seeds", *(HEADS[name] for name in shown), *sizes, "not completed"]
     body = [
-        [show(row[name]) for name in settings]
+        [show(row[name]) for name in keys]
         + [", ".join(map(show, row["seeds"])) or "-"]
-        + [_cell(row, metric) for metric in METRICS]
+        + [cell(row, name) for name in shown]
+        + [f"{row[name]:,.0f}" if is_number(row[name]) else "-" for name in sizes]
         + [row["not_completed"] or "-"]
         for row in table.to_dict("records")
     ]
-    rows = [[text.replace("|", r"\|") for text in row] for row in [header, *body]]
+    return head, body
+
+
+def cell(row: dict, name: str) -> str:
+    """mean +- sd (n=3) [low, high]; without what a single run does not have."""
+    if name == "difference" and row["is_control"]:
+        return "control"
+    return text_of(estimate_in(row, name), name, with_interval=name in WITH_INTERVAL)
+
+
+def text_of(figure: Estimate, name: str, with_interval: bool = True) -> str:
+    """An estimate as a person reads it; accuracies in percent."""
+    scale = 100 if name in IN_PERCENT else 1
+    sign = "+" if name in ("gap", "difference") else ""
+    if figure.n == 0:
+        return "-"
+    mean = f"{scale * figure.mean:{sign}.1f}"
+    if figure.n == 1:
+        return f"{mean} (n=1)"
+    spread = f"{mean} +- {scale * figure.sd:.1f} (n={figure.n})"
+    return f"{spread} [{scale * figure.low:{sign}.1f}, {scale * figure.high:{sign}.1f}]" if with_interval else spread
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """A settings_table as Markdown, padded so that it reads in a terminal too."""
+    head, body = cells(table)
+    rows = [[text.replace("|", r"\|") for text in row] for row in [head, *body]]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join(
@@ -89,37 +147,95 @@ def to_markdown(table: pd.DataFrame) -> str:
     )
 
 
-def footer(runs: Runs) -> str:
+def to_latex(table: pd.DataFrame, notes: Sequence[str] = ()) -> str:
+    """A settings_table for LaTeX with the booktabs package; the notes as comments above it."""
+    head, body = cells(table)
+    return "\n".join(
+        [
+            *(f"% {line}" for note in notes for line in note.splitlines()),
+            rf"\begin{{tabular}}{{{'l' * len(head)}}}",
+            r"\toprule",
+            " & ".join(map(_latex, head)) + r" \\",
+            r"\midrule",
+            *(" & ".join(map(_latex, row)) + r" \\" for row in body),
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+def _latex(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {character: f"\\{character}" for character in "&%$#_{}"}
+    escaped = "".join(special.get(character, character) for character in text)
+    return escaped.replace("+-", r"$\pm$").replace("[-", "[$-$").replace(", -", ", $-$")
+
+
+def notes(runs: Runs, table: pd.DataFrame, keys: Sequence[str]) -> list[str]:
     """What a reader must know to believe the table: how it was counted, and all that is not in it."""
     frame = runs.frame
-    notes = [
-        f"{len(frame)} runs: {_counted(frame['status'])}. Only completed runs enter the means.",
-        "mean +- sample standard deviation (ddof=1) over n runs. Accuracies in percent.",
+    found = [
+        f"{len(frame)} runs: {counted(frame['status'])}. Only completed runs enter the means.",
+        f"mean +- sample standard deviation (ddof=1) over n seeds [{CONFIDENCE:.0%} interval of the mean, by "
+        "Student's t]. Accuracies in percent.",
+        "Each run's epoch was chosen on its validation split, and the test set read with that epoch. gap to float: to "
+        "the float network of the same seed.",
     ]
-    known, keys = with_settings(frame), varying(frame)
-    constant = [key for key in ALWAYS_NAMED if f"config.{key}" in known and f"config.{key}" not in keys]
+    if (table["difference_n"] > 0).any():
+        found.append(
+            "vs lambda 0: paired difference in test accuracy to the setting without regularization, over common seeds."
+        )
+    known = frame[frame.filter(regex=r"^config\.").notna().any(axis=1)]
+    constant = [k for k in ALWAYS_NAMED if f"config.{k}" in known and known[f"config.{k}"].nunique(dropna=False) == 1]
+    constant = [k for k in constant if f"config.{k}" not in keys]
     if constant:
         named = ", ".join(f"{key}={show(known[f'config.{key}'].iloc[0])}" for key in constant)
-        notes.append(f"The same in every run: {named}.")
+        found.append(f"The same in every run: {named}.")
+    averaged = [key for key in ALWAYS_NAMED if f"config.{key}" in known and key not in constant]
+    averaged = [key for key in averaged if f"config.{key}" not in keys]
+    if averaged:
+        found.append(f"Averaged over, though the runs differ in it: {', '.join(averaged)}.")
     if "git_sha" in frame and frame["git_sha"].nunique() > 1:
-        notes.append(f"The runs come from {frame['git_sha'].nunique()} versions of the code (git_sha).")
+        found.append(f"The runs come from {frame['git_sha'].nunique()} versions of the code (git_sha).")
     unknown = frame.loc[frame.index.difference(known.index), "path"]
     if len(unknown):
-        notes.append(f"In no row, settings unknown: {', '.join(unknown)}.")
-    for _, group in groups(frame):
-        done = group[group["status"] == "completed"]
-        again = done[done.duplicated(SEED, keep=False)] if SEED in done else done[:0]
-        if len(again):
-            notes.append(f"Same settings and seed more than once, each counted: {', '.join(again['path'])}.")
-    notes += gathered(runs.problems)
-    return "\n".join(f"- {note}" for note in notes)
+        found.append(f"In no row, settings unknown: {', '.join(unknown)}.")
+    again = [run["path"] for setting in settings_of(frame, keys) for run in setting.again]
+    if again:
+        found.append(
+            f"Not counted, since another run has the same settings and seed: {_few(again)}. A seed is one sample."
+        )
+    return found + gathered(runs.problems)
 
 
-def runs_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """A line per run for runs.csv: the settings that vary, the seed, the whole summary, the path."""
-    settings = [name for name in frame if name == SEED or name in varying(frame)]
+def _few(paths: Sequence[str], most: int = 10) -> str:
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return ", ".join(paths[:most]) + more
+
+
+def runs_table(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """A line per run: the settings that vary, the seed, the whole summary, the path."""
+    config = [name for name in frame if name == SEED or name in keys]
     summary = [name for name in frame if not name.startswith("config.") and name != "path"]
-    return frame[[*settings, *summary, "path"]]
+    return frame[[*config, *summary, "path"]]
+
+
+def typed(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with a type for each column, as Parquet needs: whole numbers, numbers, true or false, or text."""
+    columns = {}
+    for name in frame:
+        values = [None if value is None or value != value else value for value in frame[name]]
+        kinds = {type(value) for value in values if value is not None}
+        if kinds <= {bool} and kinds:
+            columns[name] = pd.array(values, dtype="boolean")
+        elif kinds <= {int} and kinds and all(value is None or abs(value) < 2**63 for value in values):
+            columns[name] = pd.array(values, dtype="Int64")
+        elif kinds <= {int, float}:
+            columns[name] = pd.array([math.nan if value is None else float(value) for value in values], dtype="float64")
+        else:
+            columns[name] = pd.array([None if value is None else show(value) for value in values], dtype="string")
+    return pd.DataFrame(columns, index=frame.index)
 
 
 def levels_by_epoch(levels: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
@@ -153,24 +269,6 @@ def show(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-def _cell(row: dict, metric: str) -> str:
-    mean, sd, n = (row[f"{metric}_{part}"] for part in ("mean", "sd", "n"))
-    scale = 100 if metric in ACCURACIES else 1
-    if n == 0:
-        return "-"
-    spread = f" +- {scale * sd:.1f}" if n > 1 else ""
-    return f"{scale * mean:.1f}{spread} (n={n})"
-
-
-def _counted(statuses: pd.Series) -> str:
-    return ", ".join(f"{count} {status}" for status, count in statuses.value_counts().sort_index().items())
-
-
-def _order(values: tuple) -> list:
-    """Sort key for mixed settings: absent, then numbers by size, then words."""
-    return [
-        (0, 0, "") if value is None or value != value
-        else (1, value, "") if isinstance(value, (int, float))
-        else (2, 0, str(value))
-        for value in values
-    ]  # fmt: skip
+def counted(statuses: Iterable[str]) -> str:
+    """3 completed, 1 failed."""
+    return ", ".join(f"{count} {status}" for status, count in sorted(Counter(statuses).items()))

@@ -23,3 +23,15 @@ def test_the_benchmark_of_a_study_prints_its_tables(tmp_path):
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert {row["side"] for row in figures["a"]} == {"study", "optuna"}
     assert all(len(row["seconds"]) == 2 for row in figures["a"])
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_report_prints_its_table(tmp_path):
+    program = [sys.executable, str(REPO / "benchmarks/report.py"), "--runs", "12", "--json", str(tmp_path / "f.json")]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert figures["runs"] == 12 and all(row["peak_mb"] > 10 for row in figures["calls"].values())
+    assert [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")][1:] == [
+        "first", "second", "one in a hundred changed", "tables only",
+    ]  # fmt: skip

@@ -1,0 +1,241 @@
+"""The report: one page that opens without a network, from the answer in words down to every run."""
+
+import html
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from string import Template
+from typing import NamedTuple
+
+import pandas as pd
+from plotly.offline import get_plotlyjs
+
+from . import plots, screen, tables
+from .answers import Answer, answers, best_of, missing, setting_text, widths
+from .chart import Chart
+from .load import Runs, is_number
+from .stats import FIGURES, SEED
+from .study import Study
+
+PAGE = Path(__file__).parent / "page"
+PRINTED_LAYERS = 4  # in a histogram on paper; the screen has all
+RUN_FIGURES = ("test_acc", "val_acc", "float_test_acc", "best_epoch", "seconds")
+
+
+class Planned(NamedTuple):
+    """A chart that the report may have."""
+
+    section: str
+    name: str  # of its files
+    make: Callable[[], Chart]  # raises ValueError where its data are not there
+    on_paper: Callable[[], Chart] | None = None  # where print holds less
+
+
+def planned(table: pd.DataFrame, studies: Sequence[Study]) -> Iterator[Planned]:
+    """All charts, in the order of the page."""
+    yield Planned("Accuracy", "accuracy_against_lambda", partial(plots.accuracy_against_lambda, table))
+    yield Planned("Accuracy", "pareto", partial(plots.pareto, table))
+    for bits in widths(table):
+        best = best_of(table, bits, regularized=True)  # what it did to the levels is the question
+        if best is None:
+            continue
+        section, row = f"Levels at {bits}", table.loc[best].to_dict()
+        runs = _by_policy(table, bits)
+        for kind in ("weight", "act"):
+            width = row[f"{kind}_bits"]
+            if is_number(width) and width <= 8:
+                yield Planned(
+                    section,
+                    f"levels_{kind}_{bits}",
+                    partial(plots.levels_over_epochs, runs, kind, width, bits),
+                )
+        if row["paths"]:
+            folder, name = Path(row["paths"][0]), f"{bits}, {setting_text(row)}, {_seed(row)}"
+            yield Planned(section, f"effectiveness_map_{bits}", partial(plots.effectiveness_map, folder, name))
+            histograms = partial(plots.level_histograms, folder, name)
+            few = partial(plots.level_histograms, folder, name, PRINTED_LAYERS)
+            yield Planned(section, f"level_histograms_{bits}", histograms, few)
+    for number, runs in enumerate(_curves(table)):
+        name = "learning_curves" if number == 0 else f"learning_curves_{number + 1}"
+        yield Planned("Training", name, partial(plots.learning_curves, runs))
+    for study in studies:
+        for make in plots.OF_STUDIES:
+            name = f"{make.__name__}_{plots._safe(study.name)}"
+            yield Planned(f"Study {study.name}", name, partial(make, study))
+
+
+def _seed(row: dict) -> str:
+    return f"seed {tables.show(row['seeds'][0])}" if row["seeds"] else "no seed"
+
+
+def _by_policy(table: pd.DataFrame, bits: str) -> dict[str, list[Path]]:
+    """Name -> runs: the best setting of each alpha policy at a bit-width, and its arm without regularization."""
+    of_width = table[(table["bits"] == bits) & (table["val_acc_n"] > 0)]
+    found, controls = {}, {}
+    for policy in sorted(of_width["policy"].dropna().unique()) or [None]:
+        rows = of_width if policy is None else of_width[of_width["policy"] == policy]
+        row = table.loc[best_of(rows, bits, regularized=True)]
+        label = f"{policy or 'all'}, lambda_br {tables.show(row['lambda_br'])}"
+        found[label] = [Path(path) for path in row["paths"]]
+        if row["control"] is not None:
+            control = table.loc[row["control"]]
+            controls[f"{control['policy'] or 'all'}, lambda 0"] = [Path(path) for path in control["paths"]]
+    for name, paths in controls.items():
+        if len(found) < plots.MAX_LINES and paths:
+            found.setdefault(name, paths)
+    return dict(list(found.items())[: plots.MAX_LINES])
+
+
+def _curves(table: pd.DataFrame) -> list[dict[str, list[Path]]]:
+    """The best regularized setting of each bit-width and its control, so many to a chart as can be told apart."""
+    lines: dict[str, list[Path]] = {}
+    for bits in widths(table):
+        best = best_of(table, bits, regularized=True)
+        if best is None:
+            continue
+        row = table.loc[best]
+        lines[f"{bits}, lambda_br {tables.show(row['lambda_br'])}"] = [Path(path) for path in row["paths"]]
+        if row["control"] is not None:
+            lines[f"{bits}, lambda 0"] = [Path(path) for path in table.loc[row["control"], "paths"]]
+    names = list(lines)
+    at_once = plots.MAX_LINES
+    return [{name: lines[name] for name in names[at:][:at_once]} for at in range(0, len(names), at_once)]
+
+
+# ---- the page
+
+
+class Shown(NamedTuple):
+    """A chart of the page, and the files that hold it for print."""
+
+    section: str
+    chart: Chart
+    files: list[str]
+
+
+def page(
+    runs: Runs,
+    table: pd.DataFrame,
+    keys: Sequence[str],
+    studies: Sequence[Study],
+    charts: Sequence[Shown],
+    notes: Sequence[str],
+    out: Path,
+) -> str:
+    """The whole page. Paths in it are relative to out."""
+    found, lacks = answers(table), missing(runs, table, studies)
+    figures, parts, section = [], [], None
+    for shown in charts:
+        if shown.section != section:
+            parts.append(f"{'</section>' if section else ''}<section><h2>{_text(shown.section)}</h2>")
+            section = shown.section
+        parts.append(_chart(shown, figures))
+    data = {"settings": _settings(table), "runs": _runs(runs.frame, keys, out), "figures": figures}
+    return Template((PAGE / "page.html").read_text(encoding="utf-8")).substitute(
+        title=_text(f"{len(runs.frame)} runs: {tables.counted(runs.frame['status'])}"),
+        made=f"{datetime.now():%Y-%m-%d %H:%M}",
+        answers="".join(map(_answer, found)) or "<p>No run has completed: there is no answer yet.</p>",
+        missing=_list(lacks) if lacks else "<p>Nothing that this report looks for.</p>",
+        charts="".join(parts) + ("</section>" if section else ""),
+        notes=_list(notes),
+        provenance=_provenance(runs.frame),
+        css=(PAGE / "page.css").read_text(encoding="utf-8"),
+        plotly=get_plotlyjs(),
+        script=(PAGE / "page.js").read_text(encoding="utf-8"),
+        data=json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", r"\u003c"),
+    )
+
+
+def _answer(answer: Answer) -> str:
+    return (
+        f"<article><h3>{_text(answer.bits)}: {_text(answer.accuracy)}</h3><p><code>{_text(answer.setting)}</code></p>"
+        f"{_list(answer.words)}</article>"
+    )
+
+
+def _chart(shown: Shown, figures: list[dict]) -> str:
+    chart, panels = shown.chart, []
+    for panel, figure in zip(chart.panels, screen.drawn(chart), strict=True):
+        label = _text(f"{panel.title}. {chart.alt}")
+        height = int(figure.layout.height)
+        panels.append(
+            f'<div class="panel" role="img" aria-label="{label}" data-figure="{len(figures)}" '
+            f'style="height:{height}px"></div>'
+        )
+        figures.append(json.loads(figure.to_json()))
+    links = " ".join(f'<a href="{_text(file)}">{file.rpartition(".")[2].upper()}</a>' for file in shown.files)
+    return (
+        f'<figure><figcaption>{_text(chart.title)}</figcaption><div class="panels" style="--columns:{chart.columns}">'
+        f'{"".join(panels)}</div><p class="alt">{_text(chart.alt)} {links}</p></figure>'
+    )
+
+
+def _settings(table: pd.DataFrame) -> dict:
+    """The settings table as the page sorts it: {head, rows: [[[text, what to sort by], ...], ...]}."""
+    head, body = tables.cells(table)
+    keys = [name for name in table if name.startswith("config.")]
+    rows = []
+    for texts, row in zip(body, table.to_dict("records"), strict=True):
+        by = [row[name] for name in keys] + [len(row["seeds"])]
+        by += [row[f"{name}_mean"] for name in (*FIGURES[:4], "difference", "seconds") if table[f"{name}_n"].any()]
+        by += [row[name] for name in ("weight_bytes", "bops") if table[name].notna().any()]
+        rows.append([[text, _sorts(value)] for text, value in zip(texts, [*by, row["not_completed"]], strict=True)])
+    return {"head": head, "rows": rows}
+
+
+def _runs(frame: pd.DataFrame, keys: Sequence[str], out: Path) -> dict:
+    """The runs, one by one, with a link to each folder."""
+    config = [name for name in (*keys, SEED) if name in frame]
+    figures = [name for name in RUN_FIGURES if name in frame and frame[name].notna().any()]
+    ids = [name for name in ("study_name", "trial_number", "wandb_run_id", "config_hash") if name in frame]
+    head = ["folder", "status", *(name.removeprefix("config.") for name in config), *figures, *ids]
+    base = os.path.abspath(out)
+    rows = []
+    for row in frame.to_dict("records"):
+        path = os.path.abspath(row["path"])
+        cells = [[row["path"], row["path"], os.path.relpath(path, base) + "/"], [row["status"], row["status"]]]
+        for name in (*config, *figures, *ids):
+            value = row[name]
+            percent = name in tables.IN_PERCENT and is_number(value)
+            text = f"{100 * value:.2f} %" if percent else tables.show(value)
+            cells.append([text if _known(value) else "", _sorts(value)])
+        rows.append(cells)
+    return {"head": head, "rows": rows}
+
+
+def _provenance(frame: pd.DataFrame) -> str:
+    """What made the runs: code, versions, machines; how many differ."""
+    rows = []
+    names = [name for name in frame if name.startswith("versions.")]
+    for name in ("git_sha", *names, "device", "study_name", "config_hash"):
+        if name not in frame:
+            continue
+        counts = frame[name].dropna().map(tables.show).value_counts()
+        shown = ", ".join(f"{value} ({count} runs)" for value, count in list(counts.items())[:5])
+        more = f", and {len(counts) - 5} more" if len(counts) > 5 else ""
+        if name == "config_hash":
+            shown, more = f"{len(counts)} different, over {counts.sum()} runs", ""
+        if shown:
+            rows.append(f"<tr><th scope=row>{_text(name)}</th><td>{_text(shown + more)}</td></tr>")
+    return f"<table class=plain>{''.join(rows)}</table>" if rows else "<p>Not recorded.</p>"
+
+
+def _sorts(value: object) -> float | str | None:
+    if isinstance(value, bool) or not _known(value):
+        return tables.show(value) if isinstance(value, bool) else None
+    return float(value) if is_number(value) else str(value)
+
+
+def _known(value: object) -> bool:
+    return value is not None and value == value
+
+
+def _list(lines: Sequence[str]) -> str:
+    return f"<ul>{''.join(f'<li>{_text(line)}</li>' for line in lines)}</ul>"
+
+
+def _text(text: str) -> str:
+    return html.escape(text)

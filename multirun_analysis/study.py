@@ -1,0 +1,106 @@
+"""Optuna's side of a study, from the file or database that keeps it. Reads only."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from .load import is_number
+
+FEWEST = 5  # completed trials, below which an importance says nothing
+
+
+class Study(NamedTuple):
+    name: str
+    where: Path | str
+    objectives: list[tuple[str, str]]  # name, maximize or minimize
+    parameters: list[str]
+    trials: pd.DataFrame  # number, state, control, seconds, value_0 ..., and a column per parameter
+    importances: dict[str, float]  # of value_0; empty where there are too few trials
+    without: str  # why there are none
+
+
+def read_studies(files: Iterable[Path], address: str | None = None) -> tuple[list[Study], list[str]]:
+    """All studies in the files, and at the address of a database; and what could not be read.
+
+    address: as hydra.sweeper.storage names it, postgresql://USER@HOST/DATABASE.
+    """
+    found, problems = [], []
+    for where in [*files, *([address] if address else [])]:
+        try:
+            found += _studies_in(where)
+        except Exception as error:  # a database says anything at all; a report must not end with it
+            said = str(error).splitlines()[0] if str(error) else ""
+            problems.append(f"{where}: no study could be read ({type(error).__name__}: {said})")
+    return found, problems
+
+
+def _studies_in(where: Path | str) -> list[Study]:
+    import optuna  # here: a second, and only where there is a study
+    from optuna.storages import JournalStorage, RDBStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if isinstance(where, str):
+        storage = RDBStorage(where.replace("postgresql://", "postgresql+psycopg://", 1))
+    elif where.suffix == ".journal":
+        storage = JournalStorage(JournalFileBackend(str(where)))
+    else:
+        storage = RDBStorage(f"sqlite:///file:{where.absolute()}?mode=ro&uri=true")
+    return [_read(optuna.Study(one.study_name, storage), where) for one in storage.get_all_studies()]
+
+
+def _read(study, where: Path | str) -> Study:
+    trials = study.get_trials(deepcopy=False)
+    said = study.user_attrs.get("description", {}).get("objective", "")
+    names = [part.split(" (")[0] for part in said.split(", ")] if said else []
+    directions = [direction.name.lower() for direction in study.directions]
+    if len(names) != len(directions):
+        names = ["objective"] if len(directions) == 1 else [f"objective {i}" for i in range(len(directions))]
+    parameters = list(dict.fromkeys(key for t in trials for key in t.user_attrs.get("setting") or t.params))
+    rows = [
+        {
+            "number": trial.number,
+            "state": trial.state.name.lower(),
+            "status": (trial.user_attrs.get("run") or {}).get("status"),
+            "control": bool(trial.user_attrs.get("control")),
+            "seconds": trial.duration.total_seconds() if trial.duration else math.nan,
+            **{f"value_{i}": value for i, value in enumerate(trial.values or [math.nan] * len(directions))},
+            **(trial.user_attrs.get("setting") or trial.params),
+        }
+        for trial in trials
+    ]
+    columns = ["number", "state", "status", "control", "seconds", *(f"value_{i}" for i in range(len(directions)))]
+    frame = pd.DataFrame(rows, columns=[*columns, *parameters], dtype=object)
+    importances, without = _importances(study, trials)
+    return Study(
+        study.study_name, where, list(zip(names, directions, strict=True)), parameters, frame, importances, without
+    )
+
+
+def _importances(study, trials: list) -> tuple[dict[str, float], str]:
+    """fANOVA's, over completed trials that measured something: controls lie outside of the space."""
+    import optuna
+
+    measured = [
+        trial
+        for trial in trials
+        if trial.state == optuna.trial.TrialState.COMPLETE
+        and not trial.user_attrs.get("control")
+        and (trial.user_attrs.get("run") or {}).get("status", "completed") == "completed"
+        and is_number(trial.values[0])
+    ]
+    if len(measured) < FEWEST:
+        return {}, f"{len(measured)} measured trials are too few for importances: at least {FEWEST}."
+    if len({trial.values[0] for trial in measured}) == 1:
+        return {}, "all measured trials have the same value: no parameter mattered."
+    alone = optuna.create_study(directions=study.directions)
+    alone.add_trials(measured)
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    target = None if len(study.directions) == 1 else lambda trial: trial.values[0]
+    try:
+        return optuna.importance.get_param_importances(alone, evaluator=evaluator, target=target), ""
+    except (ValueError, RuntimeError, ImportError) as error:
+        return {}, f"Optuna could not tell importances: {error}"
