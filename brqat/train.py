@@ -4,6 +4,7 @@ float network -> (its baseline, trained once) -> quantize -> calibrate -> fit ->
 """
 
 import copy
+import json
 import logging
 import math
 import os
@@ -165,27 +166,44 @@ class Parts(NamedTuple):
 class Check:
     """hydra.sweeper.check: makes what configs describe, trains nothing, and raises ValueError for what cannot be.
 
-    with_data: loads the data as well, once for each `dataset` among the configs, and makes the network for them.
+    with_data: claims the device and loads the data as well, once for each `dataset` among the configs, and makes each
+    `model` for them.
     """
 
     def __init__(self, with_data: bool):
         self.with_data = with_data
-        self.loaded: tuple[dict, Splits] | None = None
+        self.shapes: dict[str, tuple[int, int, int] | str] = {}  # of data sets: training pictures, classes, channels
+        self.networks: set[str] = set()
 
     def __call__(self, cfg: DictConfig) -> None:
-        parts = Parts.of(cfg)
+        settings = Parts.of(cfg).settings
+        _make(cfg.tracking, "tracking")
         if not self.with_data:
             return
-        node = OmegaConf.to_container(cfg.dataset, resolve=True)
-        if self.loaded is None or self.loaded[0] != node:
-            self.loaded = node, _make(cfg.dataset, "dataset")
-        _, splits = self.loaded
-        check_batch_size(parts.settings.batch_size, len(splits.train))
-        _network(cfg, splits)
+        if settings.pretrained not in ("auto", "none") and not Path(settings.pretrained).is_file():
+            raise ValueError(f"pretrained={settings.pretrained} is no file. Write auto, none, or the path of weights.")
+        with claimed_device(settings.device):
+            pass
+        pictures, classes, channels = self._shape(cfg)
+        check_batch_size(settings.batch_size, pictures)
+        network = json.dumps([OmegaConf.to_container(cfg.model, resolve=True), classes, channels])
+        if network not in self.networks:
+            _make(cfg.model, "model", num_classes=classes, in_channels=channels)
+            self.networks.add(network)
 
-
-def _network(cfg: DictConfig, splits: Splits) -> nn.Module:
-    return _make(cfg.model, "model", num_classes=splits.num_classes, in_channels=splits.channels)
+    def _shape(self, cfg: DictConfig) -> tuple[int, int, int]:
+        key = json.dumps(OmegaConf.to_container(cfg.dataset, resolve=True))
+        if key not in self.shapes:
+            try:
+                splits: Splits = _make(cfg.dataset, "dataset")
+                self.shapes[key] = len(splits.train), splits.num_classes, splits.channels
+            except Exception as error:  # not to be tried again: it may have waited for a network
+                self.shapes[key] = str(error)
+                raise
+        shape = self.shapes[key]
+        if isinstance(shape, str):
+            raise ValueError(shape)
+        return shape
 
 
 def _run(cfg: DictConfig, files: RunFiles, dashboard, stop: StopRequest, trial: "Trial | None") -> dict:
@@ -203,7 +221,8 @@ def _run_on(device: torch.device, cfg: DictConfig, parts: Parts, files: RunFiles
     check_batch_size(settings.batch_size, len(splits.train))
     recipe = _recipe(settings, lr_warmup_epochs, device)
     checkpoint.seed_everything(settings.seed)
-    model = _network(cfg, splits).to(device, memory_format=torch.channels_last)
+    model: nn.Module = _make(cfg.model, "model", num_classes=splits.num_classes, in_channels=splits.channels)
+    model = model.to(device, memory_format=torch.channels_last)
     log.info("%s on %s: %d training, %d validation, %d test pictures", scheme.tag, device, *map(len, splits[:3]))
     log.info("%s", policy.describe(regularizer, settings.warmup_epochs))
     _say_what_never_begins(settings, regularizer, policy)

@@ -443,4 +443,4 @@ def server():
 def test_launcher_whose_plugin_is_absent_says_what_to_install(study_of):
     study = study_of("hydra.launcher._target_=hydra_plugins.hydra_absent_launcher.Launcher")
     assert study.start().wait(PATIENCE_S) == 2
-    assert "Install brqat[slurm], brqat[ray] or brqat[joblib]" in study.started[0].log.read_text()
+    assert "need brqat[slurm], brqat[ray] and brqat[joblib]" in study.started[0].log.read_text()

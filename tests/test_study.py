@@ -36,6 +36,7 @@ from brqat.files import config_dir
 from brqat.study import results, storage, trial
 from brqat.study.board import best_first, standing, table
 from brqat.study.ledger import Ledger, NotOurs, Rules, Space, run_of
+from brqat.study.rehearsal import rehearse
 from brqat.study.space import controls_of, description, difference, overrides_of
 from brqat.study.storage import is_away, is_full, open_storage, patiently
 
@@ -154,6 +155,20 @@ def test_worker_that_dies_while_it_gives_a_row_back_does_not_count_the_death_twi
     assert asked.number == 0 and ledger.row(0).user_attrs["lease"]["retries"] == 1
     start_and_die(ledger, asked, tmp_path)
     assert ask(ledger) is None and ledger.row(0).state == TrialState.FAIL  # the second death counts
+
+
+def test_row_whose_asking_kills_the_worker_each_time_fails_in_the_end(opened):
+    ledger = opened(max_retry=2, n_trials=1)
+
+    class Deadly(RandomSampler):
+        def sample_independent(self, *_):
+            raise KeyboardInterrupt
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            opened(max_retry=2, n_trials=1).next_trial(SPACE, lambda number: Deadly())
+    assert ask(ledger) is None and ledger.row(0).state == TrialState.FAIL
+    assert "killed 3 times" in run_of(ledger.row(0))["error"]
 
 
 def killed(*_):
@@ -659,6 +674,48 @@ def test_description_leaves_out_what_is_swept_and_the_difference_names_the_rest(
 
 
 WORDS = 'choice(2,1.5,1e-05,-3,true,"a b","1",plain,"it\'s","true","a,b","x=1/y",[1,2])'
+
+
+WIDE = {
+    "quantizer": CategoricalDistribution(["lsq", "sign"]),
+    "weight": CategoricalDistribution([1, 2]),
+    "act": CategoricalDistribution([2, 3, 4, 8]),
+    **{key: FloatDistribution(0.1, 10, log=True) for key in ("strength", "strength_act", "lr")},
+}
+
+
+def only(broken):
+    """Why a setting cannot be: a predicate's."""
+    return lambda setting: "it cannot be" if broken(setting) else None
+
+
+@pytest.mark.parametrize(
+    ("broken", "refused"),
+    [
+        (lambda s: s["act"] == 8, "act=8 is in the search space, but it cannot be"),
+        (lambda s: s["weight"] == 1, "weight=1 is in the search space, but it cannot be"),
+        (lambda s: True, "it cannot be"),
+        (lambda s: False, None),
+        (lambda s: s["lr"] in (0.1, 10.0), None),  # the very ends are hardly ever drawn
+    ],
+    ids=["one value", "another", "whatever is searched", "nothing", "an end"],
+)
+def test_rehearsal_refuses_values_that_never_work_and_blames_no_others(broken, refused):
+    found = rehearse(WIDE, [], only(broken))
+    assert found.refused == refused and not found.doubtful
+
+
+def test_rehearsal_doubts_values_that_do_not_go_together_however_many_others_there_are():
+    found = rehearse(WIDE, [], only(lambda s: (s["quantizer"] == "lsq") == (s["weight"] == 1)))
+    assert found.refused is None and found.doubtful
+    assert all("quantizer=lsq weight=1" in said or "quantizer=sign weight=2" in said for said, _ in found.doubtful)
+
+
+def test_rehearsal_refuses_a_control_that_never_works_and_doubts_one_that_sometimes_does():
+    broken = only(lambda s: s.get("strength") == 0)
+    assert rehearse(DISTRIBUTIONS, CONTROLS, broken).refused == "bits=2 strength=0 is the control, but it cannot be"
+    found = rehearse(DISTRIBUTIONS, CONTROLS, only(lambda s: s.get("strength") == 0 and s["bits"] == 2))
+    assert found.refused is None and found.doubtful == [("bits=2 strength=0", "it cannot be")]
 
 
 def test_setting_goes_through_the_command_line_unchanged():

@@ -13,6 +13,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from optuna.trial import TrialState
+from PIL import Image
 from runs import REPO, SYNTHETIC, assert_same_run, overrides_of, records, rows, summary
 
 import brqat.train
@@ -302,9 +303,15 @@ def test_runs_whose_study_was_deleted_are_left_alone(copied, call):
             ["quantizer.bits=choice(2,9)"],
             "quantizer.bits=9 is in the search space, but quantizer.weight: bits=9 is not a width",
         ),
-        ([LAMBDA, "quantizer.bits=choice(9,10)"], "quantizer.bits=9.* is in the search space, but "),
-        (["regularizer.lambda_br=interval(-1,1)"], "regularizer.lambda_br=-1.0 is in the search space, but "),
-        ([LAMBDA, "+hydra.sweeper.control.set={regularizer.lambda_br: -2}"], "lambda_br=-2 is in the search space"),
+        ([LAMBDA, "quantizer.bits=choice(9,10)"], "quantizer.weight: bits=9 is not a width"),
+        (["regularizer.lambda_br=interval(-1,1)", BITS], "regularizer.lambda_br=-0.98 is in the search space, but "),
+        ([LAMBDA, "+hydra.sweeper.control.set={regularizer.lambda_br: -2}"], "lambda_br=-2 is the control, but "),
+        ([LAMBDA, "pretrained=nowhere.pt"], "pretrained=nowhere.pt is no file"),
+        ([LAMBDA, "++tracking.nope=1"], "tracking: .*takes no arguments"),
+        ([LAMBDA, "device=cuda:99"], "cuda:99"),
+        ([LAMBDA, "hydra.sweeper.check=brqat.nope"], "check=brqat.nope cannot be called"),
+        ([LAMBDA, "dataset.images=choice(160,-5)"], "dataset.images=-5 is in the search space, but "),
+        ([LAMBDA, "batch_size=5000", "dataset.val_fraction=interval(0.1,0.3)"], "batch_size=5000 "),
         (["model=small_cnn", "model.width=choice(8,0)"], "model.width=0 is in the search space, but "),
         ([LAMBDA, "batch_size=100000"], "batch_size=100000 "),
         ([LAMBDA, "epochs=-1"], "epochs=-1 cannot be"),
@@ -401,6 +408,32 @@ def test_values_that_do_not_go_with_some_others_are_warned_of(tmp_path, call):
     assert statuses(tmp_path) == ["failed", "completed", "completed", "failed"]
 
 
+def test_doubtful_values_do_not_end_the_study_when_they_come_first(tmp_path, call):
+    words = ("quantizer=choice(lsq,sign)", "quantizer.weight.bits=choice(1,2)", "seed=choice(0,1,2)")
+    code, said = call(*study(tmp_path, *words, "hydra/sweeper/sampler=grid", "pretrained=none"))
+    assert code == 0, said
+    assert statuses(tmp_path)[:3] == ["failed"] * 3 and statuses(tmp_path).count("completed") == 6
+
+
+def test_finished_study_says_its_verdict_again_without_its_data(tmp_path, call):
+    for part in ("train", "test"):
+        for name in "ab":
+            (tmp_path / f"data/{part}/{name}").mkdir(parents=True)
+            for number in range(20):
+                shade = 5 * number + 90 * (name == "a")
+                Image.new("RGB", (8, 8), (shade, 2 * shade % 256, 255 - shade)).save(
+                    tmp_path / f"data/{part}/{name}/{number}.png"
+                )
+    words = ["-m", "hydra/sweeper=study", f"hydra.sweep.dir={tmp_path / 's'}", "hydra.sweeper.study_name=s", LAMBDA]
+    words += ["dataset=image_folder", f"dataset.root={tmp_path / 'data'}", "device=cpu", "threads=1", "epochs=1"]
+    words += ["warmup_epochs=0", "batch_size=8", "tracking=files", "pretrained=none", "hydra.sweeper.n_trials=1"]
+    code, said = call(*words)
+    assert code == 0, said
+    shutil.rmtree(tmp_path / "data")
+    code, said = call(*words)
+    assert code == 0 and "1 of 1 trials ended" in said
+
+
 @pytest.mark.parametrize(("objective", "worst"), [("val_acc", 0.0), ("val_loss", 1e9)])
 def test_setting_that_diverges_has_the_worst_objective_and_is_never_best(tmp_path, call, objective, worst):
     given = (
@@ -421,7 +454,7 @@ def test_setting_that_diverges_has_the_worst_objective_and_is_never_best(tmp_pat
 def test_study_in_which_all_diverges_has_no_best(tmp_path, call):
     given = (LAMBDA, "optimizer.lr=1e20", "pretrained=none", "hydra.sweeper.n_trials=2")
     code, said = call(*study(tmp_path, *given))
-    assert code == 0, said
+    assert code == 1 and "nothing that was searched has worked" in said
     assert OmegaConf.load(tmp_path / "optimization_results.yaml").best_trial is None
     assert not (tmp_path / "experiment").exists() and statuses(tmp_path) == ["diverged"] * 2
 

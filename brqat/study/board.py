@@ -153,11 +153,11 @@ def table(ledger: Ledger, most: int | None = None) -> Group:
     shown = [*ended[-LATEST:], *running][-most:] if most else trials
     for trial in shown:
         run, best = run_of(trial), where.best is not None and trial.number == where.best.number
-        beat = trial.user_attrs.get("beat", {})
+        progress = trial.user_attrs.get("progress")
         epochs = run.get("last_epoch", "")
         value = trial.values
-        if trial.state == TrialState.RUNNING and "epoch" in beat:
-            epochs, value = f"{beat['epoch']}/{beat['epochs']}", beat["value"]
+        if trial.state == TrialState.RUNNING and progress:
+            epochs, value = f"{progress['epoch']}/{progress['epochs']}", progress["value"]
         elif value is None:
             value = trial.intermediate_values.get(max(trial.intermediate_values, default=None))
         rows.add_row(

@@ -9,7 +9,8 @@ What a row carries besides Optuna's own columns, as user attributes:
 setting   the swept overrides, {key: value}
 control   true for the arm without regularization, which the sampler never sees
 lease     whose it is: {token, started, host, pid, lock, retries}; set whenever a worker takes the row
-beat      {count, epoch, epochs, value}: the count rises while the trial's process lives
+beat      a count that rises while the trial's process lives
+progress  {epoch, epochs, value}: how far it has come
 run       what became of it: status, folder, wandb id, figures, error
 """
 
@@ -133,6 +134,9 @@ class Ledger:
             number = waiting[0] if waiting else len(trials)
             trial = _Searched(self.study, make_sampler(number)).ask()
             assert trial.number == number, "another process asks without the study's lock"
+            if lease := dict(trial.user_attrs.get("lease", {})):  # of its last owner, and from here on nobody's
+                lease.pop("reason", None)
+                trial.set_user_attr("lease", lease | {"token": ""})
             setting = trial.user_attrs.get("setting")
             if setting is None:
                 setting = {name: trial._suggest(name, space.distributions[name]) for name in space.distributions}
@@ -203,7 +207,9 @@ class Ledger:
     def beat(self, number: int, token: str, progress: dict | None = None) -> None:
         """A sign of life, with the epoch that the trial has come to. Raises NotOurs."""
         trial = self._ours(number, token)
-        self._set(trial, "beat", {"count": trial.user_attrs.get("beat", {}).get("count", 0) + 1, **(progress or {})})
+        self._set(trial, "beat", trial.user_attrs.get("beat", 0) + 1)
+        if progress:
+            self._set(trial, "progress", progress)
 
     @patiently
     def tell(
@@ -249,12 +255,14 @@ class Ledger:
         if len(failed) > self.rules.max_failure_rate * max(len(ended), SAME_FAILURES):
             rate = self.rules.max_failure_rate
             return f"{len(failed)} of {len(ended)} trials failed, more than hydra.sweeper.max_failure_rate={rate}"
+        # A combination that was warned of when the study began says nothing of the others.
+        expected = {_kind(why) for why in self.attrs.get("doubts", [])}
         # The arm without regularization may work where nothing else does.
         searched = [t for t in ended if not is_control(t)]
         failed = [t for t in failed if not is_control(t)]
         for ones, broken, which in ((ended, bad, "trial"), (searched, failed, "trial but the controls")):
             kinds = {_kind(run_of(t).get("error", "")) for t in broken}
-            if len(broken) == len(ones) >= SAME_FAILURES and len(kinds) == 1:
+            if len(broken) == len(ones) >= SAME_FAILURES and len(kinds) == 1 and not kinds & expected:
                 said = run_of(broken[-1]).get("error")
                 return f"every {which} fails the same way, {len(broken)} of {len(ones)}: {said}"
         return None
@@ -281,7 +289,7 @@ class Ledger:
         measured by our own clock: how long ago we saw the count of its beats change.
         """
         lease = trial.user_attrs.get("lease")
-        if lease is None:
+        if lease is None or not lease["token"]:
             return "its worker died while it asked"  # asking is done under the lock, which we hold
         if lease["started"] and lease["host"] == host():
             held = _held(Path(lease["folder"]) / LOCK_NAME, lease["lock"])
@@ -307,7 +315,8 @@ class Ledger:
             self.storage.optuna.set_trial_state_values(trial._trial_id, TrialState.FAIL)
             log.warning("trial %d: %s", trial.number, error)
             return
-        self._set(trial, "lease", {"token": "", "started": False} | lease | {"retries": retries, "reason": reason})
+        lease = {"token": "", "started": False} | lease | {"retries": retries, "reason": reason}
+        self._set(trial, "lease", lease)
         self.storage.optuna.set_trial_state_values(trial._trial_id, TrialState.WAITING)
         self._heard.pop(trial.number, None)
         log.warning("trial %d waits for a worker again: %s", trial.number, reason)
@@ -394,4 +403,4 @@ def _contains(distribution: BaseDistribution, value: Any) -> bool:
 
 def _kind(error: str) -> str:
     """An error without its numbers, which differ from setting to setting."""
-    return "".join(character for character in error if not character.isdigit())[:200]
+    return "".join(character for character in error.removeprefix("ValueError: ") if not character.isdigit())[:200]

@@ -132,9 +132,9 @@ def command(folder: Path, name: str) -> str:
 
 
 def came_to_nothing(ledger: Ledger) -> bool:
-    """Whether all that was searched has failed."""
+    """Whether all that was searched has failed or diverged."""
     searched = [trial for trial in ledger.trials() if not is_control(trial)]
-    return bool(searched) and all(trial.state == TrialState.FAIL for trial in searched)
+    return bool(searched) and all(run_of(trial).get("status") in ("failed", "diverged") for trial in searched)
 
 
 def verdict(ledger: Ledger, folder: Path) -> str:
@@ -142,10 +142,10 @@ def verdict(ledger: Ledger, folder: Path) -> str:
     lines = [f"study {ledger.name}: {standing(ledger).in_words()}"]
     failed = [trial for trial in ledger.trials() if trial.state == TrialState.FAIL]
     if failed:
-        error = run_of(failed[-1]).get("error", "").splitlines()[0]
+        error = (run_of(failed[-1]).get("error") or "no reason given").splitlines()[0]
         lines.append(f"failed: trial {', '.join(str(trial.number) for trial in failed)}, the last with {error}")
     if came_to_nothing(ledger):
-        lines.append("nothing that was searched has worked: the study has no result")
+        lines.append("nothing that was searched has worked")
     ranked = best_first(ledger)
     if ranked:
         best = ranked[0]
@@ -154,7 +154,7 @@ def verdict(ledger: Ledger, folder: Path) -> str:
         words = "first setting of the Pareto front" if several else "best setting"
         ties = 0 if several else sum(trial.value == best.value for trial in ranked) - 1
         if ties:
-            words = f"best setting, of {ties + 1} equal ones that with the lowest validation loss"
+            words = f"best setting, of {ties + 1} that tie"
         lines += [
             f"{words} (trial {best.number}): {setting}",
             f"  again: {command(folder, f'{ledger.name}_best')}",

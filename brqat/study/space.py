@@ -3,7 +3,7 @@
 import difflib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -17,7 +17,6 @@ from optuna.distributions import (
 )
 
 MOST_CONTROLS = 32
-MOST_PROBES = 32
 
 
 def controls_of(control: Mapping | None, distributions: Mapping[str, BaseDistribution], fixed: set[str]) -> list[dict]:
@@ -44,27 +43,6 @@ def _values(name: str, distribution: BaseDistribution) -> list:
     if isinstance(distribution, IntDistribution) and not distribution.log:
         return list(range(distribution.low, distribution.high + 1, distribution.step))
     raise ValueError(f"hydra.sweeper.control.over names {name}, which is no choice and no range of whole numbers.")
-
-
-def probes(distributions: Mapping[str, BaseDistribution]) -> list[dict[str, Any]]:
-    """A few settings in which every choice, and both ends of every range, appears: to be composed before any trial."""
-    values = _corners(distributions)
-    most = min(max(map(len, values.values()), default=0), MOST_PROBES)
-    return [{name: row[index % len(row)] for name, row in values.items()} for index in range(most)]
-
-
-def surroundings(key: str, value: Any, distributions: Mapping[str, BaseDistribution]) -> Iterator[dict[str, Any]]:
-    """Settings with this value, over the choices and ends of all other keys; not more than MOST_PROBES."""
-    values = _corners(distributions) | {key: [value]}
-    for row in itertools.islice(itertools.product(*values.values()), MOST_PROBES):
-        yield dict(zip(values, row, strict=True))
-
-
-def _corners(distributions: Mapping[str, BaseDistribution]) -> dict[str, list]:
-    return {
-        name: list(d.choices) if isinstance(d, CategoricalDistribution) else [d.low, d.high]
-        for name, d in distributions.items()
-    }
 
 
 def overrides_of(setting: Mapping[str, Any]) -> list[str]:

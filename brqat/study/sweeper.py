@@ -29,9 +29,9 @@ class StudySweeper(Sweeper):
             )
         except RuntimeError as error:
             logging.getLogger(__name__).error(
-                "brqat: hydra/launcher=%s: its plugin is not installed (%s). Install brqat[slurm], brqat[ray] or "
-                "brqat[joblib].",
-                config.hydra.runtime.choices["hydra/launcher"],
+                "brqat: %s cannot be made: its plugin is not installed (%s). hydra/launcher=slurm, ray and joblib need "
+                "brqat[slurm], brqat[ray] and brqat[joblib].",
+                config.hydra.launcher._target_,
                 error,
             )
             raise SystemExit(2) from None

@@ -84,12 +84,14 @@ class Trial:
 
         def beat() -> None:
             last, shown = time.monotonic(), self.progress
-            while not over.wait(min(every, SHOW_EVERY_S)):
-                if self.progress == shown and time.monotonic() - last < every:
+            while not over.wait(max(0.0, min(SHOW_EVERY_S, last + every - time.monotonic()))):
+                progress = self.progress
+                if progress == shown and time.monotonic() - last < every:
                     continue
-                last, shown = time.monotonic(), self.progress
+                last = time.monotonic()
                 try:
-                    self.ledger.beat(self.number, self.token, shown)
+                    self.ledger.beat(self.number, self.token, progress)
+                    shown = progress
                 except NotOurs as reason:
                     self.lost = reason
                     return

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
@@ -35,7 +35,8 @@ from brqat.settings import OBJECTIVES, what_determines
 from brqat.study import results
 from brqat.study.board import board, trial_line
 from brqat.study.ledger import Asked, Ledger, Space
-from brqat.study.space import controls_of, description, difference, overrides_of, probes, surroundings
+from brqat.study.rehearsal import rehearse
+from brqat.study.space import controls_of, description, difference, overrides_of
 from brqat.study.storage import Storage, is_away, is_full, open_storage
 from brqat.study.trial import constraint_values, open_ledger, pruner_of, rules_of, sampler_of
 
@@ -65,7 +66,7 @@ class Worker:
         n_jobs = self.sweeper.n_jobs
         try:
             self.space, self.fixed = self._read(arguments)
-            with _machine_at_fault_said():
+            with _machine_at_fault_said(users=ValueError):
                 self.ledger = self._open()
         except ValueError as error:  # the user's: a sentence, not a traceback
             if "HYDRA_FULL_ERROR" in os.environ:
@@ -144,10 +145,12 @@ class Worker:
                 f"{type(pruner).__name__} compares epochs by val_acc or val_loss, and objective={list(objective)}: "
                 "write hydra/sweeper/pruner=none."
             )
-        self._try_out([*self.space.controls, *probes(self.space.distributions)])
+        there = self._description_there()
+        begins = there is None or (self.sweeper.force and there != here)
+        doubts = self._try_out() if begins else []
         storage = open_storage(self.sweeper.storage, self.folder)  # nothing is left behind by what was refused above
         with storage.exclusive():
-            self._create_or_check(storage, here, list(objective.values()))
+            self._create_or_check(storage, here, list(objective.values()), doubts)
             ledger = open_ledger(self.sweeper, self.folder)
             ledger.enqueue(self.space.controls, control=True)
             if self.space.grid is not None:
@@ -164,41 +167,32 @@ class Worker:
         except HydraException as error:
             raise ValueError(f"{' '.join(overrides)}: no trial could be composed: {error}") from error
 
-    def _try_out(self, settings: list[dict[str, Any]]) -> None:
-        """Has hydra.sweeper.check make what these settings describe, so that what cannot be costs no trial.
+    def _try_out(self) -> list[str]:
+        """Has hydra.sweeper.check make what the space describes; what can be said against settings in it.
 
-        A value is refused if it cannot be with any choice of the others. One that does not go with some of them is
-        warned of: the rest of the space may be worth its trials.
+        Raises ValueError where a trial would only find out what can be known now.
         """
-        check = None
-        if self.sweeper.check is not None:
+        if self.sweeper.check is None or self.space.extend is not None:
+            return []  # a custom_search_space draws what it likes
+        try:
             # Jobs of a cluster may see a disk that this machine does not.
             check = get_method(self.sweeper.check)(with_data=self.on_this_machine)
+        except Exception as error:
+            raise ValueError(f"hydra.sweeper.check={self.sweeper.check} cannot be called: {error}") from error
+        known: dict[tuple, str | None] = {}
 
-        def refusal(setting: Mapping[str, Any]) -> str | None:
-            config = self._composed(setting)
-            try:
-                if check:
-                    check(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
-            except ValueError as error:
-                return str(error)
-            return None
+        def why_not(setting: Mapping[str, Any]) -> str | None:
+            key = tuple(sorted(overrides_of(setting)))
+            if key not in known:
+                known[key] = _why_not(check, self._composed, setting)
+            return known[key]
 
-        for setting in settings:
-            said = refusal(setting)
-            if said is None:
-                continue
-            shown = " ".join(overrides_of(setting))
-            if said == refusal({}):
-                raise ValueError(said)
-            never = [
-                overrides_of({key: value})[0]
-                for key, value in setting.items()
-                if all(map(refusal, surroundings(key, value, self.space.distributions)))
-            ]
-            if never:
-                raise ValueError(f"{never[0] if len(never) == 1 else shown} is in the search space, but {said}")
-            log.warning("trials such as %s will fail: %s", shown, said)
+        found = rehearse(self.space.distributions, self.space.controls, why_not)
+        if found.refused:
+            raise ValueError(found.refused)
+        for setting, why in found.doubtful:
+            log.warning("trials such as %s will fail: %s", setting, why)
+        return [why for _, why in found.doubtful]
 
     def _warn_of_a_password(self) -> None:
         literal = not OmegaConf.is_interpolation(self.sweeper, "storage")
@@ -227,7 +221,20 @@ class Worker:
                 )
         return meant
 
-    def _create_or_check(self, storage: Storage, here: dict[str, str], directions: list[str]) -> None:
+    def _description_there(self) -> dict[str, str] | None:
+        """Of the study, if it has begun: what it searches was tried out then."""
+        try:
+            storage = open_storage(self.sweeper.storage, self.folder, create=False)
+        except ValueError:  # absent; what else is wrong with it is said when it is opened
+            return None
+        for study in storage.optuna.get_all_studies():
+            if study.study_name == self.sweeper.study_name:
+                return study.user_attrs.get("description")
+        return None
+
+    def _create_or_check(
+        self, storage: Storage, here: dict[str, str], directions: list[str], doubts: list[str]
+    ) -> None:
         name = self.sweeper.study_name
         names = [study.study_name for study in storage.optuna.get_all_studies()]
         if name not in names:
@@ -251,6 +258,8 @@ class Worker:
         if "uid" not in attrs:
             study.set_user_attr("uid", secrets.token_hex(4))
             study.set_user_attr("code", source_hash())
+        if doubts:
+            study.set_user_attr("doubts", [*attrs.get("doubts", []), *doubts])
         if "description" not in attrs:
             study.set_user_attr("description", here)
             return
@@ -445,19 +454,33 @@ class Worker:
             raise SystemExit(1)
 
 
+def _why_not(check: Callable, compose: Callable, setting: Mapping[str, Any]) -> str | None:
+    try:
+        config = compose(setting)
+        check(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+    except Exception as error:  # of whatever kind: a trial would end with it
+        if is_full(error):
+            raise
+        return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return None
+
+
 def _is_refused(error: BaseException) -> bool:
     """Whether submitit could not submit a job at all: a partition that does not exist, say."""
     return any(frame.name == "_submit_command" for frame in traceback.extract_tb(error.__traceback__))
 
 
 @contextmanager
-def _machine_at_fault_said() -> Iterator[None]:
-    """Inside, a full disk or an absent database ends the worker with a sentence, wherever it was met."""
+def _machine_at_fault_said(users: type[Exception] | tuple = ()) -> Iterator[None]:
+    """Inside, a full disk or an absent database ends the worker with a sentence, wherever it was met.
+
+    users: what is the user's fault instead, such as an address that cannot be.
+    """
     try:
         yield
     except Exception as error:
         said = str(error).splitlines()[0] if str(error) else repr(error)
-        if isinstance(error, ValueError) and not is_full(error):
+        if isinstance(error, users) and not is_full(error):
             raise
         if is_full(error):
             log.error("the disk is full (%s). Nothing is lost: make room and give the same command again.", said)
