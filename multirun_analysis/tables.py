@@ -12,6 +12,7 @@ from .stats import (
     CONFIDENCE,
     FIGURES,
     LAMBDAS,
+    POLICIES,
     SEED,
     Estimate,
     bits_of,
@@ -25,6 +26,7 @@ from .stats import (
 from .stats import settings as settings_of
 
 IN_PERCENT = ("test_acc", "val_acc", "float_test_acc", "gap", "difference")  # fractions in the files
+FOLDED = "config.alpha_policy"  # as it is typed
 WITH_INTERVAL = ("test_acc", "difference")  # in the table; the others have theirs in the frame
 HEADS = {
     "test_acc": "test_acc %",
@@ -76,7 +78,19 @@ def settings_table(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
         row |= _columns("difference", estimate([]) if compared is None else compared.difference)
         row["not_completed"] = counted(run["status"] for run in setting.runs if run["status"] != "completed")
         rows.append(row)
-    return pd.DataFrame(rows, dtype=object)
+    return pd.DataFrame([_folded(row) for row in rows] if _can_fold(rows) else rows, dtype=object)
+
+
+def _can_fold(rows: Sequence[dict]) -> bool:
+    """Whether weights and activations share their alpha policy in every row: one column then says it."""
+    return all(key in row for row in rows for key in POLICIES) and all(
+        row[POLICIES[0]] == row[POLICIES[1]] for row in rows
+    )
+
+
+def _folded(row: dict) -> dict:
+    weight, act = POLICIES
+    return {FOLDED if key == weight else key: value for key, value in row.items() if key != act}
 
 
 def _numbers_first(value: object) -> tuple:

@@ -375,6 +375,15 @@ def test_keys_can_be_given_and_then_average_over_the_rest(sweep, capsys):
     assert "--by lambda_bar: no run has this key" in capsys.readouterr().err
 
 
+def test_one_column_names_the_policy_where_weights_and_activations_share_it(tmp_path):
+    write_run(tmp_path / "0", policy="frozen", summary={})
+    write_run(tmp_path / "1", policy="learnable", summary={})
+    table = table_of(tmp_path)
+    assert list(table["config.alpha_policy"]) == ["frozen", "learnable"] and "config.alpha_policy.act" not in table
+    write_run(tmp_path / "2", summary={}, alpha_policy={"weight": "frozen", "act": "learnable"})
+    assert list(table_of(tmp_path)["config.alpha_policy.act"]) == ["frozen", "learnable", "learnable"]
+
+
 def test_front_holds_what_nothing_smaller_beats():
     points = [(3, 0.9), (1, 0.8), (2, 0.7), (3, 0.95), (4, 0.95), (1, 0.6)]
     assert stats.front(points) == [1, 3]

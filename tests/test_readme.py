@@ -1,10 +1,14 @@
 """Every command in README.md is run: the two that set themselves up on a fresh clone, the others cut short."""
 
+import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -61,9 +65,39 @@ def workplace(tmp_path_factory):
     return folder
 
 
+def assert_serves(command, folder):
+    """A dashboard runs until it is stopped: here once it has shown its page."""
+    if shutil.which(command.split()[0], path=environment(folder)["PATH"]) is None:
+        pytest.skip(f"no {command.split()[0]}: pip install 'brqat[dashboard]'")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [*command.split(), "--port", str(port)]
+    server = subprocess.Popen(
+        words, cwd=folder, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        until = time.monotonic() + 60
+        while True:
+            assert server.poll() is None, server.stdout.read().decode()
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/studies") as answer:
+                    assert json.load(answer)["study_summaries"]
+                return
+            except OSError:
+                assert time.monotonic() < until, "the dashboard never answered"
+                time.sleep(0.2)
+    finally:
+        server.terminate()
+        server.wait()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", OTHERS)
 def test_command(command, workplace):
+    if command.startswith("optuna-dashboard "):
+        assert_serves(command, workplace)
+        return
     if command.startswith("brqat ") and "--help" not in command:
         # A data set that would be downloaded is composed, not trained.
         command += " --cfg job" if "dataset=cifar10" in command else SHORT

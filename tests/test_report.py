@@ -147,7 +147,7 @@ def test_every_row_of_the_table_agrees_with_the_summaries(page, report, summarie
     assert len(settings["rows"]) == len(summaries)  # the diverged run shares a setting with others
     for row in settings["rows"]:
         text = dict(zip(head, (cell[0] for cell in row), strict=True))
-        key = (int(text["quantizer.bits"]), float(text["regularizer.lambda_br"]), text["alpha_policy.weight"])
+        key = (int(text["quantizer.bits"]), float(text["regularizer.lambda_br"]), text["alpha_policy"])
         runs = summaries[key]
         for name in ("test_acc", "val_acc", "float_test_acc"):
             spread, interval = cells_of([runs[seed][name] for seed in SEEDS])
@@ -216,7 +216,7 @@ def test_answer_is_the_setting_that_validation_prefers(page, summaries):
         best = max(of_width, key=lambda key: np.mean([of_width[key][seed]["val_acc"] for seed in SEEDS]))
         values = [of_width[best][seed]["test_acc"] for seed in SEEDS]
         assert f"W{bits}A{bits}: {100 * np.mean(values):.1f} +- {100 * np.std(values, ddof=1):.1f} % (n=3)" in page.text
-        said = f"alpha_policy.weight={best[2]} alpha_policy.act={best[2]} regularizer.lambda_br={best[1]:g}"
+        said = f"alpha_policy={best[2]} regularizer.lambda_br={best[1]:g}"
         assert f"quantizer.bits={bits} {said}" in page.text
 
 
@@ -461,4 +461,4 @@ def test_command_line_shows_progress_and_ends_well(sweep, tmp_path):
     words = [sys.executable, "-m", "multirun_analysis", str(sweep / "4"), "--out", str(tmp_path), "--no-figures"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=os.environ)
     assert done.returncode == 0 and f"wrote {tmp_path}/index.html" in done.stderr
-    assert done.stdout.startswith("| alpha_policy.weight")
+    assert done.stdout.startswith("| alpha_policy |")
