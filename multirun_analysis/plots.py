@@ -68,8 +68,9 @@ def accuracy_against_lambda(table: pd.DataFrame) -> Chart:
 
 def _against(name: str, bits: str, rows: list[dict], joined: bool) -> Panel:
     positive = sorted({row[name] for row in rows if row[name] > 0})
-    zero = positive[0] / 10 ** (0.5 if len(positive) < 2 else max(0.3, math.log10(positive[-1] / positive[0]) / 6))
-    zero = zero if positive else 1.0
+    zero = 1.0  # where 0 stands on an axis that has no 0
+    if positive:
+        zero = positive[0] / 10 ** (max(0.3, math.log10(positive[-1] / positive[0]) / 6) if len(positive) > 1 else 0.5)
     series = []
     for place, policy in enumerate(sorted({row["policy"] or "-" for row in rows})):
         mine = sorted((row for row in rows if (row["policy"] or "-") == policy), key=lambda row: row[name])

@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -65,38 +67,38 @@ def workplace(tmp_path_factory):
     return folder
 
 
-def assert_serves(command, folder):
-    """A dashboard runs until it is stopped: here once it has shown its page."""
-    if shutil.which(command.split()[0], path=environment(folder)["PATH"]) is None:
-        pytest.skip(f"no {command.split()[0]}: pip install 'brqat[dashboard]'")
+def studies_served(command, folder):
+    """Names of the studies that a dashboard shows; it runs until it is stopped, here once it has answered."""
+    words = shlex.split(command)
+    if shutil.which(words[0], path=environment(folder)["PATH"]) is None:
+        pytest.skip(f"no {words[0]}: pip install 'brqat[dashboard]'")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [*command.split(), "--port", str(port)]
-    server = subprocess.Popen(
-        words, cwd=folder, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    log = folder / "server.log"
+    with log.open("w") as out:
+        server = subprocess.Popen(
+            [*words, "--port", str(port)], cwd=folder, env=environment(folder), stdout=out, stderr=out
+        )
     try:
         until = time.monotonic() + 60
         while True:
-            assert server.poll() is None, server.stdout.read().decode()
+            assert server.poll() is None and time.monotonic() < until, log.read_text()
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/studies") as answer:
-                    assert json.load(answer)["study_summaries"]
-                return
-            except OSError:
-                assert time.monotonic() < until, "the dashboard never answered"
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/studies", timeout=60) as answer:
+                    return [study["study_name"] for study in json.load(answer)["study_summaries"]]
+            except urllib.error.URLError:
                 time.sleep(0.2)
     finally:
         server.terminate()
-        server.wait()
+        server.wait(30)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", OTHERS)
 def test_command(command, workplace):
     if command.startswith("optuna-dashboard "):
-        assert_serves(command, workplace)
+        assert studies_served(command, workplace) == ["lambda_bits"]
         return
     if command.startswith("brqat ") and "--help" not in command:
         # A data set that would be downloaded is composed, not trained.

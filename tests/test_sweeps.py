@@ -574,11 +574,14 @@ def test_study_without_a_completed_trial_has_nothing_to_confirm(tmp_path, call, 
 
 
 @pytest.mark.slow
-def test_confirm_runs_the_best_settings_with_each_seed(copied, cache, monkeypatch):
+def test_confirm_runs_the_best_settings_and_their_controls_with_each_seed(copied, cache, monkeypatch):
     monkeypatch.setenv("BRQAT_CACHE", str(cache))
     words = ["confirm", str(copied), "--best", "2", "--seeds", "2", "tracking=wandb"]
     assert cli.main(words) == 0
     best = best_first(copied)[:2]
+    widths = {row.user_attrs["setting"]["quantizer.bits"] for row in best}
+    controls = [row for row in ledger_of(copied).trials()[:2] if row.user_attrs["setting"]["quantizer.bits"] in widths]
+    best += [row for row in controls if row.number not in {one.number for one in best}]
     folders = sorted((copied / "confirm").glob("*-seed*"))
     wanted = {f"s_trial{row.number}-seed{seed}": row for row in best for seed in (0, 1)}
     assert [folder.name for folder in folders] == sorted(wanted)

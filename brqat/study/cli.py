@@ -11,7 +11,7 @@ from rich.console import Console
 
 from brqat.study import results
 from brqat.study.board import best_first, standing, table
-from brqat.study.ledger import Ledger, run_of
+from brqat.study.ledger import Ledger, is_control, run_of
 from brqat.study.storage import open_storage
 
 
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     export = commands.add_parser("export", parents=[where], help="trials.csv and the like, written again")
     export.add_argument("--folder", type=Path, help="the sweep's folder, if `where` is an address")
     export.set_defaults(command=_export)
-    confirm = commands.add_parser("confirm", parents=[where], help="the best settings again, with seeds 0, 1, ...")
+    confirm = commands.add_parser("confirm", parents=[where], help="the best settings again, with more seeds")
     confirm.add_argument("--best", type=int, default=3, metavar="K", help="settings to confirm (3)")
     confirm.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds for each (3)")
     confirm.add_argument("--folder", type=Path, help="the sweep's folder, if `where` is an address")
@@ -62,14 +62,16 @@ def _export(given: argparse.Namespace) -> int:
 
 
 def _confirm(given: argparse.Namespace) -> int:
-    """A plain multirun over the best settings, written as experiments, and the seeds."""
+    """A plain multirun over the best settings and their controls, written as experiments, and the seeds."""
     for key in ("best", "seeds"):
         if getattr(given, key) < 1:
             raise ValueError(f"--{key} {getattr(given, key)} would run nothing: write 1 or more.")
     ledger, folder = _ledger(given), _folder(given)
-    chosen = _distinct(best_first(ledger))[: given.best]
-    if not chosen:
+    best = _distinct(best_first(ledger))
+    if not best:
         raise ValueError(f"study {ledger.name} has no completed trial to confirm: {standing(ledger).in_words()}.")
+    chosen = best[: given.best]
+    chosen += [trial for trial in _controls_of(ledger, chosen) if trial not in chosen]
     # By number and not by place: another trial may be the best by the next time.
     names = [f"{ledger.name}_trial{trial.number}" for trial in chosen]
     for trial, name in zip(chosen, names, strict=True):
@@ -121,6 +123,15 @@ def _folder(given: argparse.Namespace) -> Path:
     if not given.folder and "://" in given.where:
         raise ValueError("an address does not say where the runs lie: give the sweep's folder with --folder.")
     return (path if path.is_dir() or given.folder else path.parent).absolute()
+
+
+def _controls_of(ledger: Ledger, chosen: list[optuna.trial.FrozenTrial]) -> list[optuna.trial.FrozenTrial]:
+    """The arm without regularization beside each chosen trial: what it gained cannot be told without."""
+    controls = [trial for trial in ledger.trials() if is_control(trial) and run_of(trial).get("status") == "completed"]
+    settings = [trial.user_attrs["setting"] for trial in controls]
+    over = [key for key in (settings[0] if settings else ()) if len({str(setting[key]) for setting in settings}) > 1]
+    wanted = [[trial.user_attrs["setting"].get(key) for key in over] for trial in chosen]
+    return [trial for trial in controls if [trial.user_attrs["setting"][key] for key in over] in wanted]
 
 
 def _distinct(trials: list[optuna.trial.FrozenTrial]) -> list[optuna.trial.FrozenTrial]:
