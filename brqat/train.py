@@ -231,7 +231,7 @@ def _run_on(device: torch.device, cfg: DictConfig, parts: Parts, files: RunFiles
         """Quantizes and calibrates in place; refuses alphas that will run away."""
         costs = quantize(model, next(iter(fixed_batches(splits, recipe, 1))), scheme)
         calibrate(model, fixed_batches(splits, recipe, settings.calibration_batches))
-        if not resuming:
+        if not resuming and settings.epochs > settings.warmup_epochs:  # else BR never comes to act
             _check_stability(model, policy, regularizer, make_optimizer, splits, recipe)
         return costs
 

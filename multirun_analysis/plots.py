@@ -23,8 +23,8 @@ OF_LEVELS = {
     "effectiveness": ("Clustering: 100 is all on a level, 50 evenly spread", "effectiveness (%)", 1),
     "oscillation_share": ("Weights that oscillate between two levels", "oscillation_share (%)", 100),
     "flip_rate": ("Codes that changed since the last evaluation", "flip_rate (%)", 100),
-    "alpha_path": ("How far the step sizes have moved in all", "alpha_path (natural log)", 1),
-    "alpha_drift": ("Step sizes, ln(alpha / alpha after warmup): 0 is unmoved", "alpha_drift (natural log)", 1),
+    "alpha_path": ("How far the step sizes have moved in all", "alpha_path (ln of ratio)", 1),
+    "alpha_drift": ("Step sizes against the end of warmup: 0 is unmoved", "alpha_drift (ln of ratio)", 1),
     "clip_fraction": ("Values beyond the outer levels", "clip_fraction (%)", 100),
 }
 
@@ -53,7 +53,8 @@ def accuracy_against_lambda(table: pd.DataFrame) -> Chart:
         of_width = [row for row in rows if row["bits"] == bits]
         for name in names:
             known = [row for row in of_width if is_number(row[name])]
-            panels.append(_against(name, bits, known, joined=len(names) == 1))
+            lost = sum(1 for row in table.to_dict("records") if row["bits"] == bits and not row["test_acc_n"])
+            panels.append(_against(name, bits, known, lost, joined=len(names) == 1))
         top = max(of_width, key=lambda row: row["test_acc_mean"], default=None)
         if top:
             best.append(f"{bits}: highest mean {100 * top['test_acc_mean']:.1f} at lambda_br {show(top['lambda_br'])}")
@@ -66,7 +67,7 @@ def accuracy_against_lambda(table: pd.DataFrame) -> Chart:
     )
 
 
-def _against(name: str, bits: str, rows: list[dict], joined: bool) -> Panel:
+def _against(name: str, bits: str, rows: list[dict], lost: int, joined: bool) -> Panel:
     positive = sorted({row[name] for row in rows if row[name] > 0})
     zero = 1.0  # where 0 stands on an axis that has no 0
     if positive:
@@ -82,7 +83,8 @@ def _against(name: str, bits: str, rows: list[dict], joined: bool) -> Panel:
     ticks = {zero: "0"} | {value: f"{value:g}" for value in _decades(positive)}
     if len(positive) <= 6 and all(high / low > 1.5 for low, high in pairwise([zero, *positive])):
         ticks = {zero: "0"} | {value: f"{value:.3g}" for value in positive}
-    return Panel(f"{bits}", LAMBDA_NAMES[name], "test accuracy (%)", series, log_x=True, ticks=ticks, across=lines)
+    title = f"{bits} (without {lost} settings of which no run completed)" if lost else bits
+    return Panel(title, LAMBDA_NAMES[name], "test accuracy (%)", series, log_x=True, ticks=ticks, across=lines)
 
 
 def _decades(values: Sequence[float]) -> list[float]:

@@ -27,7 +27,7 @@ def _panel(panel: Panel) -> Figure:
         grid = panel.grid
         figure.add_heatmap(
             x=list(grid.x), y=list(grid.y), z=[list(row) for row in grid.values], zmin=grid.least, zmax=grid.most,
-            colorscale="Cividis", colorbar={"title": {"text": grid.unit, "side": "right"}, "thickness": 12},
+            colorscale="Cividis", colorbar={"title": {"text": grid.unit, "side": "top"}, "thickness": 12},
             hovertemplate="%{y}, epoch %{x}: %{z:.4g}<extra></extra>",
         )  # fmt: skip
         figure.update_yaxes(tickfont_size=9, automargin=True)

@@ -475,6 +475,12 @@ def test_only_whitelisted_targets_are_instantiated(tmp_path):
     assert not marker.exists() and summary(tmp_path / "run")["status"] == "failed"
 
 
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_alphas_that_could_run_away_are_no_matter_where_the_regularizer_never_acts(tmp_path, epochs):
+    given = ("alpha_policy=backprop", "regularizer.lambda_br=1e6", "pretrained=none", "warmup_epochs=1")
+    assert train(tmp_path / "run", tmp_path / "cache", *SYNTHETIC, *given, f"epochs={epochs}")["status"] == "completed"
+
+
 def test_weights_of_another_network_are_refused_whole(tmp_path, digits):
     cannot(tmp_path, "of another shape", f"pretrained={digits / 'best.pt'}", "model.width=8")
 
