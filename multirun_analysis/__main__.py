@@ -101,7 +101,7 @@ def _charts(table, studies: list, out: Path) -> Iterator[report.Shown]:
 
 def whole(file: Path, write: Callable[[Path], object]) -> None:
     """A file that is there whole or not at all."""
-    new = file.with_name(f".{file.name}.tmp")
+    new = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     write(new)
     os.replace(new, file)
 

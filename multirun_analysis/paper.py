@@ -56,7 +56,7 @@ def save(chart: Chart, folder: Path) -> list[Path]:
     with matplotlib.rc_context(STYLE):
         for ending in ("png", "svg"):
             file = folder / f"{chart.name}.{ending}"
-            new = file.with_name(f".{file.name}.tmp")
+            new = file.with_name(f".{file.name}.{os.getpid()}.tmp")
             figure.savefig(new, format=ending, metadata={"Date": None} if ending == "svg" else None)
             os.replace(new, file)
             files.append(file)

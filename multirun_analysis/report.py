@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
+from urllib.parse import quote
 
 import pandas as pd
 from plotly.offline import get_plotlyjs
@@ -196,7 +197,7 @@ def _runs(frame: pd.DataFrame, keys: Sequence[str], out: Path) -> dict:
     rows = []
     for row in frame.to_dict("records"):
         path = os.path.abspath(row["path"])
-        cells = [[row["path"], row["path"], os.path.relpath(path, base) + "/"], [row["status"], row["status"]]]
+        cells = [[row["path"], row["path"], quote(os.path.relpath(path, base)) + "/"], [row["status"], row["status"]]]
         for name in (*config, *figures, *ids):
             value = row[name]
             percent = name in tables.IN_PERCENT and is_number(value)
