@@ -2,11 +2,11 @@
 
 import argparse
 import os
-import sqlite3
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import pandas as pd
 from rich.console import Console
 from rich.progress import track
 
@@ -15,6 +15,7 @@ from .answers import answers, missing
 from .stats import keys_of
 from .study import read_studies
 
+NAMES = ".names"  # of the figures that a report has drawn
 LINE_EVERY = 1000  # runs read, where there is no terminal for a bar
 
 
@@ -42,21 +43,25 @@ def main(argv: list[str] | None = None) -> int:
         (out / "figures").mkdir(parents=True, exist_ok=True)
         runs = load.load_runs(found.runs, out / ".cache.sqlite", _tracked)
         keys = keys_of(runs.frame, given.by)
-    except (OSError, sqlite3.Error) as error:
+    except OSError as error:
         print(f"brqat-report: {out} cannot be written: {error}. Give another with --out.", file=sys.stderr)
         return 2
     except ValueError as error:
         print(f"brqat-report: {error}", file=sys.stderr)
         return 2
     studies, said = read_studies(found.studies, given.storage)
-    runs = runs._replace(problems=runs.problems + said)
-    _write(runs, keys, studies, out, with_figures=not given.no_figures)
+    runs = runs._replace(problems=found.problems + runs.problems + said)
+    try:
+        _write(runs, keys, studies, out, with_figures=not given.no_figures)
+    except OSError as error:
+        print(f"brqat-report: {out} cannot be written: {error}. Give another with --out.", file=sys.stderr)
+        return 2
     return 0
 
 
 def _write(runs: load.Runs, keys: Sequence[str], studies: list, out: Path, with_figures: bool) -> None:
     for problem in load.gathered(runs.problems):
-        print(problem, file=sys.stderr)
+        _print(problem, sys.stderr)
     table = tables.settings_table(runs.frame, keys)
     notes = tables.notes(runs, table, keys)
     each = tables.runs_table(runs.frame, keys)
@@ -64,39 +69,53 @@ def _write(runs: load.Runs, keys: Sequence[str], studies: list, out: Path, with_
     whole(out / "runs.parquet", lambda file: tables.typed(each).to_parquet(file, index=False))
     if len(table):
         text = "\n".join([tables.to_markdown(table), "", *(f"- {note}" for note in notes), ""])
-        whole(out / "table.tex", lambda file: file.write_text(tables.to_latex(table, notes), encoding="utf-8"))
+        latex = tables.to_latex(table, notes)
+        whole(out / "table.tex", lambda file: file.write_text(latex, encoding="utf-8", errors="backslashreplace"))
     else:
         text = "\n".join(["No setting: no run's config could be read.", *(f"- {note}" for note in notes), ""])
-    whole(out / "table.md", lambda file: file.write_text(text, encoding="utf-8"))
-    print(text)
+    whole(out / "table.md", lambda file: file.write_text(text, encoding="utf-8", errors="backslashreplace"))
+    _print(text)
+    on_levels = report.what_br_did(table)
     for answer in answers(table):
-        print(answer)
+        _print(f"{answer} {on_levels.get(answer.bits, '')}".rstrip())
     for line in missing(runs, table, studies):
-        print(f"missing: {line}")
+        _print(f"missing: {line}")
 
-    charts = list(_charts(table, studies, out)) if with_figures else []
-    page = report.page(runs, table, keys, studies, charts, notes, out)
-    whole(out / "index.html", lambda file: file.write_text(page, encoding="utf-8"))
+    charts, absent = _charts(table, studies, out) if with_figures else ([], [])
+    page = report.page(runs, table, keys, studies, charts, [*notes, *absent], out, on_levels)
+    whole(out / "index.html", lambda file: file.write_text(page, encoding="utf-8", errors="backslashreplace"))
     print(f"wrote {out / 'index.html'}", file=sys.stderr)
 
 
-def _charts(table, studies: list, out: Path) -> Iterator[report.Shown]:
-    """Draws what there are data for; one figure without them must not cost the others."""
-    planned = list(report.planned(table, studies))
-    kept = set()
-    for plan in _shown("drawing", planned):
+def _charts(table: pd.DataFrame, studies: list, out: Path) -> tuple[list[report.Shown], list[str]]:
+    """Draws what there are data for, and says why the rest is not drawn: one figure must not cost the others."""
+    shown, absent, listed = [], [], out / "figures" / NAMES
+    for plan in _shown("drawing", list(report.planned(table, studies))):
         try:
             chart = plan.make()._replace(name=plan.name)
             printed = (plan.on_paper or plan.make)()._replace(name=plan.name)
             files = paper.save(printed, out / "figures")
-        except ValueError as problem:
-            print(f"no figure {plan.name}: {problem}", file=sys.stderr)
+        except OSError:
+            raise
+        except Exception as error:
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            absent.append(f"no figure {plan.name}: {kind}{error}")
+            _print(absent[-1], sys.stderr)
             continue
-        kept |= {file.name for file in files}
-        yield report.Shown(plan.section, chart, [os.path.relpath(file, out) for file in files])
-    for file in (out / "figures").iterdir():  # of an earlier report, or of one that was killed
-        if file.name not in kept and file.suffix in (".png", ".svg", ".tmp"):
-            file.unlink()
+        shown.append(report.Shown(plan.section, chart, [os.path.relpath(file, out) for file in files]))
+    names = {Path(file).name for one in shown for file in one.files}
+    earlier = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
+    for name in set(earlier) - names - {""}:  # of a report before this one; what others put here stays
+        (listed.parent / name).unlink(missing_ok=True)
+    whole(listed, lambda file: file.write_text("\n".join(sorted(names)), encoding="utf-8"))
+    return shown, absent
+
+
+def _print(text: str, file=None) -> None:
+    """Also where a terminal cannot write a letter."""
+    out = file or sys.stdout
+    encoding = getattr(out, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=out)
 
 
 def whole(file: Path, write: Callable[[Path], object]) -> None:

@@ -4,6 +4,7 @@ A setting is chosen by its validation accuracy, within each bit-width, and judge
 several seeds go before any with one: the best of many single runs is the luckiest.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -46,7 +47,9 @@ def best_of(table: pd.DataFrame, bits: str, regularized: bool = False) -> int | 
 
 
 def widths(table: pd.DataFrame) -> list[str]:
-    """The bit-widths of a table, narrow ones first."""
+    """The bit-widths of a table, narrow ones first; where there are several data sets, each of both."""
+    if table.empty:
+        return []
     return sorted(table["bits"].dropna().unique(), key=lambda name: (len(name), name))
 
 
@@ -80,20 +83,58 @@ def _how_sure(row: dict, of_width: pd.DataFrame) -> list[str]:
     if gap.n:
         words.append(f"{_signed(gap, 'gap')} points against the float network of the same seeds.")
     if row["is_control"]:
-        words.append("That is the arm without regularization: by validation, no regularized setting was better.")
+        words.append(_against_regularized(row, of_width))
     elif difference.n > 1:
         verdict = _verdict(difference)
         words.append(
             f"{_signed(difference, 'difference')} points against lambda 0 over {difference.n} common seeds, "
             f"interval {_interval(difference, 'difference')}: {verdict}."
         )
+        tried = int((of_width["difference_n"] > 1).sum())
+        if tried > 1 and not difference.low <= 0 <= difference.high:
+            words.append(f"The best of {tried} looks better than it is: confirm it with seeds that did not choose it.")
     elif difference.n == 1:
         words.append(f"{_signed(difference, 'difference')} points against lambda 0, over one common seed.")
+    elif row["control"] is not None:
+        words.append("Its lambda=0 arm has no completed run with a seed of this setting: run the same seeds.")
     else:
         words.append("No lambda=0 arm to compare with: what regularization changed cannot be told.")
     if len(of_width) > 1:
         words.append(_runner_up(row, of_width))
     return words
+
+
+def _against_regularized(row: dict, of_width: pd.DataFrame) -> str:
+    """What the best setting being a control says, and what it does not."""
+    regularized = of_width[~of_width["is_control"].astype(bool)]
+    if regularized.empty:
+        return "That is the arm without regularization; nothing else was tried at this width."
+    better = int((regularized["val_acc_mean"].astype(float) > row["val_acc_mean"]).sum())
+    if better:  # passed over for their single seed
+        have = "setting with one seed has" if better == 1 else "settings with one seed have"
+        return (
+            f"That is the arm without regularization; {better} regularized {have} higher validation accuracy: run more."
+        )
+    return "That is the arm without regularization: by validation, no regularized setting was better."
+
+
+def levels_words(before: dict[str, float], after: dict[str, float], control: dict[str, float] | None) -> str:
+    """What BR did to the levels of weights, in a sentence, from mean figures over sites and seeds.
+
+    before, after: at the end of warmup and at the end, of the best regularized setting; control: at the end.
+    """
+    beside = f" ({control['effectiveness']:.1f} under lambda 0)" if control else ""
+    words = [
+        f"effectiveness {before['effectiveness']:.1f} after warmup, {after['effectiveness']:.1f} at the end{beside}"
+    ]
+    if "oscillation_share" in after:
+        words.append(f"{100 * after['oscillation_share']:.1f} % of them oscillate at the end")
+    if "alpha_drift" in after:
+        drift = after["alpha_drift"]
+        words.append(
+            "step sizes stood still" if drift == 0 else f"step sizes moved by {100 * math.expm1(drift):+.1f} %"
+        )
+    return f"Weights of the best regularized setting: {', '.join(words)}."
 
 
 def _verdict(difference: Estimate) -> str:
@@ -124,7 +165,7 @@ def _runner_up(row: dict, of_width: pd.DataFrame) -> str:
 def missing(runs: Runs, table: pd.DataFrame, studies: Sequence[Study]) -> list[str]:
     """What would make the answers surer, and what did not end well."""
     found = []
-    done = table[table["test_acc_n"] > 0]
+    done = table[table["test_acc_n"] > 0] if len(table) else table
     if len(done):
         single = int((done["test_acc_n"] == 1).sum())
         if single == len(done):
@@ -135,7 +176,9 @@ def missing(runs: Runs, table: pd.DataFrame, studies: Sequence[Study]) -> list[s
         if few:
             found.append(f"{few} settings have fewer than {ENOUGH_SEEDS} seeds: their intervals are very wide.")
         without = done[~done["is_control"].astype(bool) & done["control"].isna()]
-        if not done["is_control"].any():
+        if table["is_control"].any() and not done["is_control"].any():
+            found.append("The lambda=0 arm has no completed run.")
+        elif not done["is_control"].any():
             found.append(
                 "No lambda=0 arm: add regularizer.lambda_br=0 regularizer.lambda_br_act=0 to know what BR changed."
             )

@@ -13,11 +13,9 @@ import math
 import os
 import re
 import sqlite3
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +30,7 @@ LINE_KEYS = {"metrics.jsonl": ["epoch"], "levels.jsonl": ["epoch", "site"]}  # w
 NOT_SETTINGS = {"wandb", "tracking", "trial", "hydra", "resume", "cache_dir", "dataset.cache_dir", "dataset.workers"}
 # Columns that a frame has even where no run came to them.
 FIGURES = ("test_acc", "val_acc", "float_test_acc", "seconds", "weight_bits", "act_bits", "weight_bytes", "bops")
-COMMIT_EVERY = 500  # runs read: a call that is stopped loses no more
+COMMIT_EVERY = 100  # runs read: a call that is stopped loses no more, and another need not wait long
 
 
 class Unreadable(ValueError):
@@ -42,6 +40,7 @@ class Unreadable(ValueError):
 class Found(NamedTuple):
     runs: list[Path]  # folders
     studies: list[Path]  # files that a study is kept in
+    problems: list[str]  # folders that could not be looked into
 
 
 class Runs(NamedTuple):
@@ -61,17 +60,24 @@ class Histogram(NamedTuple):
 
 def find(paths: Iterable[str | Path]) -> Found:
     """Every run and study at or below the paths, each once, in the order a person counts: 2 before 10."""
-    runs, studies = {}, {}
+    runs, studies, seen, problems = {}, {}, set(), []
     for path in paths:
-        for folder, subfolders, files in os.walk(path):
+        walk = os.walk(
+            path, onerror=lambda error: problems.append(f"{error.filename}: {error.strerror}"), followlinks=True
+        )
+        for folder, subfolders, files in walk:
             here = Path(folder)
+            if (real := os.path.realpath(here)) in seen:  # a link that leads back
+                subfolders.clear()
+                continue
+            seen.add(real)
             if SUMMARY.name in files or (".hydra" in subfolders and (here / CONFIG).is_file()):
-                runs.setdefault(os.path.realpath(here), here)
+                runs.setdefault(real, here)
             for name in STUDIES:
                 if name in files:
                     studies.setdefault(os.path.realpath(here / name), here / name)
             subfolders[:] = [name for name in subfolders if name != "wandb" and not name.startswith(".")]
-    return Found(sorted(runs.values(), key=_natural), sorted(studies.values(), key=_natural))
+    return Found(sorted(runs.values(), key=_natural), sorted(studies.values(), key=_natural), problems)
 
 
 def load_runs(folders: Iterable[Path], cache: Path | None = None, track: Callable[[list], Iterable] = iter) -> Runs:
@@ -94,7 +100,16 @@ def load_runs(folders: Iterable[Path], cache: Path | None = None, track: Callabl
 
 
 def read_run(folder: Path) -> tuple[dict, list[str]]:
-    """A run's row, and what is wrong with its files."""
+    """A run's row, and what is wrong with its files. Whatever they hold, it costs this run only."""
+    try:
+        return _read_run(folder)
+    except Exception as error:
+        return {"path": str(folder), "status": "unreadable"}, [
+            f"{folder}: {type(error).__name__}: {_first_line(error)}"
+        ]
+
+
+def _read_run(folder: Path) -> tuple[dict, list[str]]:
     row, problems = {"path": str(folder), "status": "unfinished"}, []
     try:
         row |= {f"config.{key}": value for key, value in read_config(folder).items()}
@@ -118,59 +133,88 @@ def read_run(folder: Path) -> tuple[dict, list[str]]:
 
 
 class _Cache:
-    """Rows by folder in an SQLite file, each with the sizes and times of the files that it was read from."""
+    """Rows by folder in an SQLite file, each with the sizes and times of the files that it was read from.
+
+    It may be deleted at any time. One that cannot be read or written is left alone, and everything is read.
+    """
 
     FILES = (CONFIG, SUMMARY, *map(Path, LINE_KEYS))
 
     def __init__(self, file: Path | None):
-        self.file, self.since_commit = file, 0
-        self.rows = self._open(file or Path(":memory:"))
+        self.since_commit = 0
+        self.rows = sqlite3.connect(":memory:")
+        if file is not None:
+            try:
+                self.rows = self._open(file)
+                return
+            except sqlite3.OperationalError:  # locked by another call, or a disk that takes nothing
+                pass
+            except sqlite3.DatabaseError:
+                file.unlink()
+                self.rows = self._open(file)
+                return
+        self._create(self.rows)
 
     def _open(self, file: Path) -> sqlite3.Connection:
-        version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        for first in (True, False):
-            rows = sqlite3.connect(file, timeout=60)
-            try:
-                rows.execute("CREATE TABLE IF NOT EXISTS version (hash TEXT)")
-                if rows.execute("SELECT hash FROM version").fetchall() != [(version,)]:
-                    rows.executescript("DROP TABLE IF EXISTS runs; DELETE FROM version")
-                    rows.execute("CREATE TABLE runs (folder TEXT PRIMARY KEY, stamp TEXT, row TEXT, problems TEXT)")
-                    rows.execute("INSERT INTO version VALUES (?)", (version,))
-                    rows.commit()
-                return rows
-            except sqlite3.DatabaseError as error:
-                rows.close()
-                if isinstance(error, sqlite3.OperationalError) or not first:  # locked, or no place to write
-                    raise
-                file.unlink()
-        raise AssertionError
+        rows = sqlite3.connect(file, timeout=60, isolation_level=None)
+        try:
+            rows.execute("BEGIN IMMEDIATE")  # two calls may meet a new file at once
+            rows.execute("CREATE TABLE IF NOT EXISTS version (hash TEXT)")
+            if rows.execute("SELECT hash FROM version").fetchall() != [(self._version(),)]:
+                self._create(rows)
+            rows.execute("COMMIT")
+            rows.execute("SELECT count(*) FROM runs WHERE stamp = ''").fetchone()  # a table that is there
+        except sqlite3.DatabaseError:
+            rows.close()
+            raise
+        rows.isolation_level = ""
+        return rows
+
+    def _create(self, rows: sqlite3.Connection) -> None:
+        rows.execute("CREATE TABLE IF NOT EXISTS version (hash TEXT)")
+        rows.execute("DELETE FROM version")
+        rows.execute("DROP TABLE IF EXISTS runs")
+        rows.execute("CREATE TABLE runs (folder TEXT PRIMARY KEY, stamp TEXT, row TEXT, problems TEXT)")
+        rows.execute("INSERT INTO version VALUES (?)", (self._version(),))
+
+    def _version(self) -> str:
+        return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
     def get_or_read(self, folder: Path) -> tuple[dict, list[str]]:
-        key, stamp = os.path.abspath(folder), self._stamp(folder)
-        found = self.rows.execute("SELECT stamp, row, problems FROM runs WHERE folder = ?", (key,)).fetchone()
-        if found and found[0] == stamp:
-            return json.loads(found[1]) | {"path": str(folder)}, json.loads(found[2])
+        key, stamp = os.fsencode(os.path.abspath(folder)).hex(), self._stamp(folder)
+        try:
+            found = self.rows.execute("SELECT stamp, row, problems FROM runs WHERE folder = ?", (key,)).fetchone()
+            if found and found[0] == stamp:
+                return json.loads(found[1]) | {"path": str(folder)}, json.loads(found[2])
+        except (sqlite3.Error, ValueError):  # damaged on the way; reading the run is always right
+            pass
         row, problems = read_run(folder)
         if stamp == self._stamp(folder):  # else it was written while we read
-            values = (key, stamp, json.dumps(row), json.dumps(problems))
+            self._keep((key, stamp, json.dumps(row), json.dumps(problems)))
+        return row, problems
+
+    def _keep(self, values: tuple[str, ...]) -> None:
+        try:
             self.rows.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?)", values)
             self.since_commit += 1
             if self.since_commit % COMMIT_EVERY == 0:
                 self.rows.commit()
-        return row, problems
+        except sqlite3.Error:
+            pass
 
     def _stamp(self, folder: Path) -> str:
         stamps = []
         for name in self.FILES:
             try:
                 stat = os.stat(folder / name)
-                stamps.append(f"{stat.st_mtime_ns}:{stat.st_size}")
+                stamps.append(f"{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}")
             except OSError:
                 stamps.append("-")
-        return f"{folder} {' '.join(stamps)}"  # problems name the folder as it was given
+        return f"{os.fsencode(folder).hex()} {' '.join(stamps)}"  # problems name the folder as it was given
 
     def close(self) -> None:
-        self.rows.commit()
+        with suppress(sqlite3.Error):
+            self.rows.commit()
         self.rows.close()
 
 
@@ -179,7 +223,7 @@ def read_config(folder: Path) -> dict:
     path = Path(folder) / CONFIG
     try:
         config = yaml.load(_text(path), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
         raise Unreadable(f"{path}: not YAML ({_first_line(error)})") from error
     if not isinstance(config, dict):
         raise Unreadable(f"{path}: holds no settings")
@@ -192,12 +236,13 @@ def read_summary(folder: Path) -> dict:
     path = Path(folder) / SUMMARY
     try:
         summary = json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise Unreadable(f"{path}: not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"{path}: not JSON ({_first_line(error)})") from error
     if not isinstance(summary, dict):
         raise Unreadable(f"{path}: holds no summary")
-    flat = flatten({key: value for key, value in summary.items() if key != "path"})
-    return flat | {"status": flat.get("status") or "unknown"}
+    flat = flatten({key: value for key, value in summary.items() if key not in ("path", "config")})
+    texts = {key: str(flat[key]) for key in ("status", "study_name") if flat.get(key) is not None}
+    return flat | {"status": "unknown"} | texts
 
 
 def read_lines(path: Path) -> Lines:
@@ -227,9 +272,9 @@ def _lines(path: Path) -> tuple[list[dict], list[str]]:
     for number, line in lines:
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict) and is_number(row.get("epoch")):
+        if isinstance(row, dict) and is_number(row.get("epoch")) and isinstance(row.get("site", ""), str):
             rows.append(row)
         else:
             damaged.append(str(number))
@@ -250,8 +295,8 @@ def read_histograms(folder: Path) -> dict[str, Histogram]:
             arrays = {name: archive[name] for name in archive.files}
     except FileNotFoundError as error:
         raise Unreadable(f"{path}: missing") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise Unreadable(f"{path}: not an npz archive ({_first_line(error)})") from error
+    except Exception as error:  # a damaged archive may raise anything
+        raise Unreadable(f"{path}: not an npz archive of arrays ({_first_line(error)})") from error
     histograms = {}
     for name, counts in arrays.items():
         site, _, epoch = name.rpartition("@")
@@ -259,7 +304,12 @@ def read_histograms(folder: Path) -> dict[str, Histogram]:
             continue
         if f"{site}@edges" not in arrays or not epoch.isdigit():
             raise Unreadable(f"{path}: {name} is not SITE@EPOCH with edges in SITE@edges")
-        histograms.setdefault(site, Histogram(arrays[f"{site}@edges"], {})).counts[int(epoch)] = counts
+        edges = arrays[f"{site}@edges"]
+        if edges.dtype.kind != "f" or counts.dtype.kind not in "iuf" or edges.shape != (len(counts) + 1,):
+            raise Unreadable(f"{path}: {name} is no histogram of {len(edges) - 1} bars")
+        if not np.isfinite(edges).all():
+            raise Unreadable(f"{path}: {site}@edges are not finite")
+        histograms.setdefault(site, Histogram(edges, {})).counts[int(epoch)] = counts
     if not histograms:
         raise Unreadable(f"{path}: holds no histogram")
     return histograms
@@ -275,13 +325,32 @@ def flatten(tree: dict, null: object = None, prefix: str = "") -> dict:
         if isinstance(value, dict) and value:
             flat |= flatten(value, null, f"{prefix}{key}.")
         else:
-            value = json.dumps(value, default=str) if isinstance(value, (list, dict)) else value
-            flat[f"{prefix}{key}"] = null if value is None else value
+            flat[f"{prefix}{key}"] = null if value is None else _plain(value)
     return flat
 
 
+def _plain(value: object) -> str | int | float:
+    """A value that every table can hold."""
+    if not isinstance(value, (str, int, float)):  # lists, and what YAML takes for a date
+        value = json.dumps(value, default=str)
+    if isinstance(value, int) and not isinstance(value, bool) and not is_number(value):
+        value = str(value)  # more digits than a float can hold
+    return printable(value) if isinstance(value, str) else value
+
+
+def printable(text: str) -> str:
+    """Without halves of letters, which a JSON file or a folder's name may hold and no file takes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """A finite one that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _text(path: Path) -> str:
@@ -304,9 +373,10 @@ def _natural(path: Path) -> list:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
-def gathered(problems: list[str]) -> list[str]:
-    """The problems, where a file that many runs lack is named once with their number."""
+def gathered(problems: list[str], most: int = 100) -> list[str]:
+    """The problems, where a file that many runs lack is named once with their number; not more than `most`."""
     lacking = Counter(Path(p.removesuffix(": missing")).name for p in problems if p.endswith(": missing"))
     many = {name for name, count in lacking.items() if count > 3}
     rest = [p for p in problems if not (p.endswith(": missing") and Path(p.removesuffix(": missing")).name in many)]
-    return [f"{name}: missing in {lacking[name]} runs" for name in sorted(many)] + rest
+    found = [f"{name}: missing in {lacking[name]} runs" for name in sorted(many)] + rest
+    return found if len(found) <= most else [*found[:most], f"and {len(found) - most} more problems of the same kinds"]

@@ -46,7 +46,7 @@ def accuracy_against_lambda(table: pd.DataFrame) -> Chart:
     ]  # fmt: skip
     if not names:
         raise NoChart("no two completed settings differ in lambda_br or lambda_br_act")
-    if len(names) == 2 and len({round(row[names[1]] / row[names[0]], 9) for row in rows if row[names[0]]}) == 1:
+    if len(names) == 2 and len({_ratio(*(row[name] for name in names)) for row in rows} - {None}) == 1:
         names = names[:1]  # one follows from the other
     panels, best = [], []
     for bits in widths(table):
@@ -67,11 +67,18 @@ def accuracy_against_lambda(table: pd.DataFrame) -> Chart:
     )
 
 
+def _ratio(left: object, right: object) -> float | None:
+    """Of two strengths; None where it is not known."""
+    return round(right / left, 9) if is_number(left) and is_number(right) and left > 0 else None
+
+
 def _against(name: str, bits: str, rows: list[dict], lost: int, joined: bool) -> Panel:
+    rows = [row for row in rows if row[name] >= 0]
     positive = sorted({row[name] for row in rows if row[name] > 0})
     zero = 1.0  # where 0 stands on an axis that has no 0
     if positive:
-        zero = positive[0] / 10 ** (max(0.3, math.log10(positive[-1] / positive[0]) / 6) if len(positive) > 1 else 0.5)
+        decades = math.log10(positive[-1]) - math.log10(positive[0])
+        zero = positive[0] / 10 ** (max(0.3, decades / 6) if len(positive) > 1 else 0.5)
     series = []
     for place, policy in enumerate(sorted({row["policy"] or "-" for row in rows})):
         mine = sorted((row for row in rows if (row["policy"] or "-") == policy), key=lambda row: row[name])
@@ -90,8 +97,8 @@ def _against(name: str, bits: str, rows: list[dict], lost: int, joined: bool) ->
 def _decades(values: Sequence[float]) -> list[float]:
     if not values:
         return []
-    low, high = math.floor(math.log10(values[0])), math.ceil(math.log10(values[-1]))
-    return [10.0**power for power in range(low, high + 1)]
+    low, high = math.ceil(math.log10(values[0])), math.floor(math.log10(values[-1]))
+    return [10.0**power for power in range(low, high + 1)] or [values[-1]]
 
 
 def _points(name: str, x: Sequence, rows: Sequence[dict], kind: str, style: int, figure: str = "test_acc") -> Series:
@@ -200,7 +207,8 @@ def levels_over_epochs(runs: dict[str, Sequence[Path]], kind: str, bits: int, ta
     things = "weights" if kind == "weight" else "activations"
     return Chart(
         f"levels_{kind}_{tag}",
-        f"{tag}, {things} at {bits} bits: did they gather at their levels, and did the step sizes hold still?",
+        f"{tag}, {things} at {bits} bits: did they gather at their levels, and did the step sizes hold still? "
+        "Lines are means over sites and seeds, bands from the lowest to the highest site",
         f"Effectiveness of {things} in percent, where 100 is all on a level and 50 evenly spread: {'; '.join(ends)}.",
         panels,
         columns=3,
@@ -219,6 +227,17 @@ def _levels(folders: Sequence[Path]) -> pd.DataFrame:
     together = pd.concat(tables)
     how = {name: name.rpartition("_")[2] for name in together if name.endswith(("_mean", "_min", "_max"))}
     return together.groupby(["kind", "bits", "epoch"], as_index=False).agg(how)
+
+
+def levels_at(folders: Sequence[Path], kind: str, bits: int, epoch: int | None = None) -> dict[str, float]:
+    """Mean figures over sites and runs at an epoch, or at the last; empty where there are none."""
+    table = _levels(folders)
+    if table.empty:
+        return {}
+    part = table[(table["kind"] == kind) & (table["bits"] == bits)]
+    part = part[part["epoch"] == (part["epoch"].max() if epoch is None else epoch)]
+    means = {key: part[f"{key}_mean"].mean() for key in OF_LEVELS if f"{key}_mean" in part}
+    return {key: float(value) for key, value in means.items() if value == value}
 
 
 def effectiveness_map(folder: Path, name: str) -> Chart:
@@ -244,6 +263,8 @@ def effectiveness_map(folder: Path, name: str) -> Chart:
         last = [row[-1] for row in values if row[-1] is not None]
         if last:
             said.append(f"{things} end between {min(last):.0f} and {max(last):.0f} percent over {len(sites)} sites")
+    if not panels:
+        raise NoChart(f"{folder}: levels.jsonl names neither weights nor activations")
     title = f"{name}: which layers gather at their levels, and when?"
     return Chart("effectiveness_map", title, f"Effectiveness by site and epoch: {'; '.join(said)}.", panels)
 
@@ -275,7 +296,7 @@ def level_histograms(folder: Path, name: str, most_layers: int | None = None) ->
         "level_histograms",
         f"{name}: do the values gather at the integer levels (dotted)?{shown}",
         f"Histograms of weights and activations in units of their step size, {len(layers)} layers, "
-        "before Bin Regularization begins and at the end; their figures are in the tables of levels.",
+        "before Bin Regularization begins and at the end.",
         panels,
     )
 
@@ -329,7 +350,7 @@ def study_history(study: Study) -> Chart:
     if not panels:
         raise NoChart(f"study {study.name} has no measured trial")
     title = f"Study {study.name}: is it still finding better settings?"
-    return Chart(f"study_{_safe(study.name)}_history", title, "; ".join(said) + ".", panels)
+    return Chart(f"study_{safe(study.name)}_history", title, "; ".join(said) + ".", panels)
 
 
 def study_importances(study: Study) -> Chart:
@@ -339,8 +360,8 @@ def study_importances(study: Study) -> Chart:
     names, shares = list(study.importances), [100 * value for value in study.importances.values()]
     said = ", ".join(f"{name} {share:.0f} %" for name, share in zip(names, shares, strict=True))
     panel = Panel("Share of the objective's variance", "importance (%)", "", [Series("", names, shares, "bars")])
-    title = f"Study {study.name}: what mattered? fANOVA over {len(_measured(study, 0, searched=True))} trials"
-    return Chart(f"study_{_safe(study.name)}_importances", title, f"Importances: {said}.", [panel], columns=1)
+    title = f"Study {study.name}: what mattered? fANOVA over {study.without}"
+    return Chart(f"study_{safe(study.name)}_importances", title, f"Importances: {said}.", [panel], columns=1)
 
 
 def study_slices(study: Study) -> Chart:
@@ -355,7 +376,7 @@ def study_slices(study: Study) -> Chart:
         short = key.removeprefix("config.")
         if all(is_number(value) for value in values):
             numbers = sorted({value for value in values if value > 0})
-            log = len(numbers) > 1 and numbers[-1] / numbers[0] > 30
+            log = len(numbers) > 1 and numbers[-1] / numbers[0] > 30 and min(values) >= 0
             zero = numbers[0] / 10**0.5 if numbers else 1
             x, few = [value or zero if log else value for value in values], len(set(values)) <= 6
             ticks = {zero: "0"} | {v: f"{v:g}" for v in _decades(numbers)} if log else None
@@ -375,7 +396,7 @@ def study_slices(study: Study) -> Chart:
         raise NoChart(f"study {study.name}: no parameter took two values in measured trials")
     title = f"Study {study.name}: where along each parameter is it good?"
     alt = f"{name} against {', '.join(panel.title for panel in panels)}, {len(rows)} trials."
-    return Chart(f"study_{_safe(study.name)}_slices", title, alt, panels, columns=3)
+    return Chart(f"study_{safe(study.name)}_slices", title, alt, panels, columns=3)
 
 
 def study_parallel(study: Study) -> Chart:
@@ -388,9 +409,9 @@ def study_parallel(study: Study) -> Chart:
         values = [row[key] for row in rows]
         if all(is_number(value) for value in values):
             numbers = sorted({value for value in values if value > 0})
-            if len(numbers) > 1 and numbers[-1] / numbers[0] > 30:
+            if len(numbers) > 1 and numbers[-1] / numbers[0] > 30 and min(values) >= 0:
                 zero = numbers[0] / 10**0.5
-                ticks = {math.log10(v): f"{v:g}" for v in _decades(numbers) if numbers[0] / 2 <= v <= 2 * numbers[-1]}
+                ticks = {math.log10(v): f"{v:g}" for v in _decades(numbers)}
                 ticks |= {math.log10(zero): "0"} if 0 in values else {}
                 axes.append(Axis(key.split(".")[-1], [math.log10(value or zero) for value in values], ticks))
             else:
@@ -404,32 +425,29 @@ def study_parallel(study: Study) -> Chart:
     title = f"Study {study.name}: which settings go together? Bright lines have the highest {objective}"
     alt = f"{len(rows)} trials as lines through {', '.join(axis.name for axis in axes)}."
     panel = Panel("A line per trial", "", "", parallel=axes)
-    return Chart(f"study_{_safe(study.name)}_parallel", title, alt, [panel], columns=1)
+    return Chart(f"study_{safe(study.name)}_parallel", title, alt, [panel], columns=1)
 
 
 OF_STUDIES: tuple[Callable[[Study], Chart], ...] = (study_history, study_importances, study_slices, study_parallel)
 
 
-def _measured(study: Study, place: int, searched: bool = False) -> list[dict]:
+def _measured(study: Study, place: int) -> list[dict]:
     """Completed trials whose objective was measured; a diverged one stands for the worst and was not."""
     return [
         row
         for row in study.trials.to_dict("records")
-        if row["state"] == "complete"
-        and row["status"] != "diverged"
-        and is_number(row[f"value_{place}"])
-        and not (searched and row["control"])
+        if row["state"] == "complete" and row["status"] != "diverged" and is_number(row[f"value_{place}"])
     ]
 
 
 def _trials(label: str, rows: list[dict], place: int, x: str, style: int, study: Study) -> Series:
     values = [row[f"value_{place}"] for row in rows]
-    notes = [_trial_note(row, study) for row in rows]
+    notes = [_trial_note(row, study, place) for row in rows]
     return Series(label, [row[x] for row in rows], values, "points", style, notes=notes)
 
 
-def _trial_note(row: dict, study: Study) -> str:
-    said = [f"trial {row['number']}: {row['value_0']:.4g}"]
+def _trial_note(row: dict, study: Study, place: int = 0) -> str:
+    said = [f"trial {row['number']}: {row[f'value_{place}']:.4g}"]
     return "<br>".join([*said, *(f"{key}={show(row[key])}" for key in study.parameters if _known(row.get(key)))])
 
 
@@ -480,6 +498,6 @@ def _known(value: object) -> bool:
     return value is not None and value == value
 
 
-def _safe(name: str) -> str:
+def safe(name: str) -> str:
     """A name as part of a file's."""
-    return "".join(character if character.isalnum() or character in "-_" else "_" for character in name)
+    return "".join(character if character.isalnum() or character in "-_" else "_" for character in name)[:80]

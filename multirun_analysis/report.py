@@ -15,7 +15,7 @@ import pandas as pd
 from plotly.offline import get_plotlyjs
 
 from . import plots, screen, tables
-from .answers import Answer, answers, best_of, missing, setting_text, widths
+from .answers import Answer, answers, best_of, levels_words, missing, setting_text, widths
 from .chart import Chart
 from .load import Runs, is_number
 from .stats import FIGURES, SEED
@@ -48,24 +48,46 @@ def planned(table: pd.DataFrame, studies: Sequence[Study]) -> Iterator[Planned]:
         for kind in ("weight", "act"):
             width = row[f"{kind}_bits"]
             if is_number(width) and width <= 8:
-                yield Planned(
-                    section,
-                    f"levels_{kind}_{bits}",
-                    partial(plots.levels_over_epochs, runs, kind, width, bits),
-                )
+                make = partial(plots.levels_over_epochs, runs, kind, width, bits)
+                yield Planned(section, f"levels_{kind}_{plots.safe(bits)}", make)
         if row["paths"]:
             folder, name = Path(row["paths"][0]), f"{bits}, {setting_text(row)}, {_seed(row)}"
-            yield Planned(section, f"effectiveness_map_{bits}", partial(plots.effectiveness_map, folder, name))
+            yield Planned(
+                section, f"effectiveness_map_{plots.safe(bits)}", partial(plots.effectiveness_map, folder, name)
+            )
             histograms = partial(plots.level_histograms, folder, name)
             few = partial(plots.level_histograms, folder, name, PRINTED_LAYERS)
-            yield Planned(section, f"level_histograms_{bits}", histograms, few)
+            yield Planned(section, f"level_histograms_{plots.safe(bits)}", histograms, few)
     for number, runs in enumerate(_curves(table)):
         name = "learning_curves" if number == 0 else f"learning_curves_{number + 1}"
         yield Planned("Training", name, partial(plots.learning_curves, runs))
-    for study in studies:
+    for number, study in enumerate(studies):
+        again = sum(other.name == study.name for other in studies[:number])  # two files may hold one name
         for make in plots.OF_STUDIES:
-            name = f"{make.__name__}_{plots._safe(study.name)}"
-            yield Planned(f"Study {study.name}", name, partial(make, study))
+            name = f"{make.__name__}_{plots.safe(study.name)}{f'_{again + 1}' if again else ''}"
+            title = f"Study {study.name}{f' in {study.where}' if again else ''}"
+            yield Planned(title, name, partial(make, study))
+
+
+def what_br_did(table: pd.DataFrame) -> dict[str, str]:
+    """Bit-width -> a sentence on the levels of weights, where runs have them and something is regularized."""
+    found = {}
+    for bits in widths(table):
+        best = best_of(table, bits, regularized=True)
+        row = {} if best is None else table.loc[best].to_dict()
+        if not row or row["is_control"] or not row["paths"] or not is_number(row["weight_bits"]):
+            continue
+        folders = [Path(path) for path in row["paths"]]
+        warmup = plots.warmup_epochs(folders[0])
+        before = plots.levels_at(folders, "weight", row["weight_bits"], warmup)
+        after = plots.levels_at(folders, "weight", row["weight_bits"])
+        control = {}
+        if row["control"] is not None:
+            paths = [Path(path) for path in table.loc[row["control"], "paths"]]
+            control = plots.levels_at(paths, "weight", row["weight_bits"])
+        if "effectiveness" in before and "effectiveness" in after:
+            found[bits] = levels_words(before, after, control if "effectiveness" in control else None)
+    return found
 
 
 def _seed(row: dict) -> str:
@@ -79,7 +101,7 @@ def _by_policy(table: pd.DataFrame, bits: str) -> dict[str, list[Path]]:
     for policy in sorted(of_width["policy"].dropna().unique()) or [None]:
         rows = of_width if policy is None else of_width[of_width["policy"] == policy]
         row = table.loc[best_of(rows, bits, regularized=True)]
-        label = f"{policy or 'all'}, lambda_br {tables.show(row['lambda_br'])}"
+        label = f"{policy or 'all'}, {_strength(row)}"
         found[label] = [Path(path) for path in row["paths"]]
         if row["control"] is not None:
             control = table.loc[row["control"]]
@@ -90,6 +112,12 @@ def _by_policy(table: pd.DataFrame, bits: str) -> dict[str, list[Path]]:
     return dict(list(found.items())[: plots.MAX_LINES])
 
 
+def _strength(row: dict | pd.Series) -> str:
+    """lambda 10, or where activations are regularized too, lambda 10 and .1."""
+    act = row["lambda_br_act"]
+    return f"lambda {tables.show(row['lambda_br'])}" + (f" and {tables.show(act)}" if act else "")
+
+
 def _curves(table: pd.DataFrame) -> list[dict[str, list[Path]]]:
     """The best regularized setting of each bit-width and its control, so many to a chart as can be told apart."""
     lines: dict[str, list[Path]] = {}
@@ -98,7 +126,7 @@ def _curves(table: pd.DataFrame) -> list[dict[str, list[Path]]]:
         if best is None:
             continue
         row = table.loc[best]
-        lines[f"{bits}, lambda_br {tables.show(row['lambda_br'])}"] = [Path(path) for path in row["paths"]]
+        lines[f"{bits}, {_strength(row)}"] = [Path(path) for path in row["paths"]]
         if row["control"] is not None:
             lines[f"{bits}, lambda 0"] = [Path(path) for path in table.loc[row["control"], "paths"]]
     names = list(lines)
@@ -125,6 +153,7 @@ def page(
     charts: Sequence[Shown],
     notes: Sequence[str],
     out: Path,
+    on_levels: dict[str, str],
 ) -> str:
     """The whole page. Paths in it are relative to out."""
     found, lacks = answers(table), missing(runs, table, studies)
@@ -138,7 +167,8 @@ def page(
     return Template((PAGE / "page.html").read_text(encoding="utf-8")).substitute(
         title=_text(f"{len(runs.frame)} runs: {tables.counted(runs.frame['status'])}"),
         made=f"{datetime.now():%Y-%m-%d %H:%M}",
-        answers="".join(map(_answer, found)) or "<p>No run has completed: there is no answer yet.</p>",
+        answers="".join(_answer(answer, on_levels.get(answer.bits)) for answer in found)
+        or "<p>No run has completed: there is no answer yet.</p>",
         missing=_list(lacks) if lacks else "<p>Nothing that this report looks for.</p>",
         charts="".join(parts) + ("</section>" if section else ""),
         notes=_list(notes),
@@ -150,10 +180,10 @@ def page(
     )
 
 
-def _answer(answer: Answer) -> str:
+def _answer(answer: Answer, on_levels: str | None) -> str:
     return (
         f"<article><h3>{_text(answer.bits)}: {_text(answer.accuracy)}</h3><p><code>{_text(answer.setting)}</code></p>"
-        f"{_list(answer.words)}</article>"
+        f"{_list([*answer.words, *([on_levels] if on_levels else [])])}</article>"
     )
 
 
@@ -176,6 +206,8 @@ def _chart(shown: Shown, figures: list[dict]) -> str:
 
 def _settings(table: pd.DataFrame) -> dict:
     """The settings table as the page sorts it: {head, rows: [[[text, what to sort by], ...], ...]}."""
+    if table.empty:
+        return {"head": [], "rows": []}
     head, body = tables.cells(table)
     keys = [name for name in table if name.startswith("config.")]
     rows = []
@@ -197,7 +229,10 @@ def _runs(frame: pd.DataFrame, keys: Sequence[str], out: Path) -> dict:
     rows = []
     for row in frame.to_dict("records"):
         path = os.path.abspath(row["path"])
-        cells = [[row["path"], row["path"], quote(os.path.relpath(path, base)) + "/"], [row["status"], row["status"]]]
+        cells = [
+            [row["path"], row["path"], quote(os.path.relpath(path, base), errors="surrogateescape") + "/"],
+            [row["status"], row["status"]],
+        ]
         for name in (*config, *figures, *ids):
             value = row[name]
             percent = name in tables.IN_PERCENT and is_number(value)

@@ -45,7 +45,7 @@ def _panel(panel: Panel) -> Figure:
     figure.update_xaxes(title_text=panel.x, title_standoff=8, automargin=True, type="log" if panel.log_x else None)
     figure.update_yaxes(title_text=panel.y, title_standoff=8, type="log" if panel.log_y else None)
     if panel.log_y:
-        figure.update_yaxes(dtick=1)
+        figure.update_yaxes(dtick="D2")  # 1, 2 and 5 of a decade: it may hold no power of ten
     if panel.ticks:
         figure.update_xaxes(tickvals=list(panel.ticks), ticktext=list(panel.ticks.values()))
     figure.update_layout(

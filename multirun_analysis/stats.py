@@ -21,6 +21,7 @@ from .load import is_number
 SEED = "config.seed"
 CONFIDENCE = 0.95
 LAMBDAS = {"lambda_br": "config.regularizer.lambda_br", "lambda_br_act": "config.regularizer.lambda_br_act"}
+REGULARIZER, UNREGULARIZED = "config.regularizer._target_", "brqat.regularizer.none."
 POLICIES = ("config.alpha_policy.weight", "config.alpha_policy.act")
 OF_A_RUN = (
     "path", "status", "test_acc", "val_acc", "float_test_acc", "seconds", "weight_bits", "act_bits", "weight_bytes",
@@ -91,7 +92,8 @@ def keys_of(frame: pd.DataFrame, by: Sequence[str] | None = None) -> list[str]:
     keys = [key if key.startswith("config.") else f"config.{key}" for key in by]
     for key in keys:
         if key not in frame:
-            near = [name.removeprefix("config.") for name in frame if name.endswith(key.rpartition(".")[2])]
+            known = [name for name in frame if name.startswith("config.")]
+            near = [name.removeprefix("config.") for name in known if name.endswith(f".{key.rpartition('.')[2]}")]
             hint = f"Did you mean {' or '.join(near)}?" if near else "Keys are those of .hydra/config.yaml."
             raise ValueError(f"--by {key.removeprefix('config.')}: no run has this key. {hint}")
     return keys
@@ -105,16 +107,17 @@ def settings(frame: pd.DataFrame, keys: Sequence[str]) -> list[Setting]:
     """
     known = with_settings(frame)
     same = [key for key in (SEED, *varying(frame)) if key in known]
-    columns = {*OF_A_RUN, *LAMBDAS.values(), *POLICIES, *keys, *same} & set(known)
+    columns = {*OF_A_RUN, REGULARIZER, *LAMBDAS.values(), *POLICIES, *keys, *same} & set(known)
     groups: dict[tuple, list[dict]] = {}
     for run in known[sorted(columns)].to_dict("records"):
         groups.setdefault(_values(run, keys), []).append(run)
     found = []
     for values, runs in sorted(groups.items(), key=lambda group: _order(group[0])):
         counted, again = {}, []
-        for run in runs:
+        # Of runs that agree in everything the first with figures counts.
+        for run in sorted(runs, key=lambda run: not (is_number(run["test_acc"]) and is_number(run["val_acc"]))):
             if run["status"] == "completed":
-                sample = _values(run, same) if SEED in known else run["path"]
+                sample = _values(run, same) if isinstance(run.get(SEED), int) else run["path"]
                 if sample in counted:
                     again.append(run)
                 else:
@@ -129,9 +132,15 @@ def _values(run: dict, keys: Sequence[str]) -> tuple:
 
 
 def strength(run: dict, name: str) -> float:
-    """lambda_br or lambda_br_act of a run; 0 where its regularizer has none."""
-    value = run.get(LAMBDAS[name])
-    return float(value) if is_number(value) else 0.0
+    """lambda_br or lambda_br_act of a run; 0 where nothing is regularized, NaN where its config does not tell."""
+    value, target = run.get(LAMBDAS[name]), run.get(REGULARIZER)
+    if is_number(value):
+        return float(value)
+    if isinstance(value, (str, float)) and value == value:  # an interpolation, or infinity
+        return math.nan
+    with_another = any(is_number(run.get(key)) for key in LAMBDAS.values())
+    other_kind = isinstance(target, str) and not target.startswith(UNREGULARIZED)
+    return math.nan if other_kind and not with_another else 0.0
 
 
 def is_control(setting: Setting) -> bool:
@@ -141,11 +150,16 @@ def is_control(setting: Setting) -> bool:
 
 def bits_of(setting: Setting) -> str | None:
     """W2A2 and the like; None where no run has come to it."""
-    for run in setting.runs:
-        if is_number(run["weight_bits"]) and is_number(run["act_bits"]):
-            names = ("float" if run[key] == 32 else f"{run[key]:g}" for key in ("weight_bits", "act_bits"))
-            return "W{}A{}".format(*names)
-    return None
+    pairs = {
+        (run["weight_bits"], run["act_bits"])
+        for run in setting.runs
+        if is_number(run["weight_bits"]) and is_number(run["act_bits"])
+    }
+    if not pairs:
+        return "bits not recorded" if setting.counted else None
+    if len(pairs) > 1:
+        return "several bit-widths"
+    return "W{}A{}".format(*("float" if bits == 32 else f"{bits:g}" for bits in pairs.pop()))
 
 
 def policy_of(setting: Setting) -> str | None:
@@ -163,8 +177,9 @@ def policy_of(setting: Setting) -> str | None:
 
 
 def figures_of(runs: Sequence[dict]) -> dict[str, list[float]]:
-    """What FIGURES name, run by run."""
-    return {name: [_gap(run) if name == "gap" else run[name] for run in runs] for name in FIGURES}
+    """What FIGURES name, seed by seed: of several runs with one seed their mean, for a seed is one sample."""
+    with_gap = [run | {"gap": _gap(run)} for run in runs]
+    return {name: list(_by_seed(with_gap, name).values()) for name in FIGURES}
 
 
 def _gap(run: dict) -> float:
@@ -185,26 +200,33 @@ def comparisons(found: Sequence[Setting], keys: Sequence[str]) -> list[Compariso
             compared.append(None)
             continue
         exact = _besides_the_regularizer(setting, keys, exact=True)
-        # The same policy if there is one, then the control with the most seeds.
+        differences = {place: paired(setting.counted, found[place].counted) for place in places}
+        # One that there is something to compare with, then the same policy, then the most seeds in common.
         place = max(
             places,
-            key=lambda p: (_besides_the_regularizer(found[p], keys, exact=True) == exact, len(found[p].counted)),
+            key=lambda p: (
+                differences[p].n > 0,
+                _besides_the_regularizer(found[p], keys, exact=True) == exact,
+                differences[p].n,
+            ),
         )
-        compared.append(Comparison(place, paired(setting.counted, found[place].counted)))
+        compared.append(Comparison(place, differences[place]))
     return compared
 
 
 def paired(left: Sequence[dict], right: Sequence[dict], figure: str = "test_acc") -> Estimate:
     """Differences left - right over the seeds that both have; of several runs with one seed, their mean."""
     ours, theirs = _by_seed(left, figure), _by_seed(right, figure)
-    return estimate(ours[seed] - theirs[seed] for seed in ours if seed in theirs)
+    return estimate(ours[seed] - theirs[seed] for seed in ours if seed in theirs and isinstance(seed, int))
 
 
 def _by_seed(runs: Sequence[dict], figure: str) -> dict[object, float]:
+    """Seed -> mean; a run without a seed stands for itself, under its path."""
     found: dict[object, list[float]] = {}
     for run in runs:
-        if is_number(run[figure]) and run.get(SEED) is not None:
-            found.setdefault(run[SEED], []).append(run[figure])
+        if is_number(run[figure]):
+            seed = run.get(SEED)
+            found.setdefault(seed if isinstance(seed, int) else run["path"], []).append(run[figure])
     return {seed: sum(values) / len(values) for seed, values in found.items()}
 
 

@@ -1,15 +1,25 @@
 """Optuna's side of a study, from the file or database that keeps it. Reads only."""
 
 import math
+import re
+import sqlite3
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import pandas as pd
 
 from .load import is_number
 
+MOST = 500  # trials that importances are told from
 FEWEST = 5  # completed trials, below which an importance says nothing
+
+
+def _dict(value: object) -> dict:
+    """An attribute that brqat writes; another program's may be anything."""
+    return value if isinstance(value, dict) else {}
 
 
 class Study(NamedTuple):
@@ -19,7 +29,7 @@ class Study(NamedTuple):
     parameters: list[str]
     trials: pd.DataFrame  # number, state, control, seconds, value_0 ..., and a column per parameter
     importances: dict[str, float]  # of value_0; empty where there are too few trials
-    without: str  # why there are none
+    without: str  # why there are none, or of how many trials they are
 
 
 def read_studies(files: Iterable[Path], address: str | None = None) -> tuple[list[Study], list[str]]:
@@ -32,9 +42,15 @@ def read_studies(files: Iterable[Path], address: str | None = None) -> tuple[lis
         try:
             found += _studies_in(where)
         except Exception as error:  # a database says anything at all; a report must not end with it
-            said = str(error).splitlines()[0] if str(error) else ""
-            problems.append(f"{where}: no study could be read ({type(error).__name__}: {said})")
+            said = (str(error).splitlines() or [""])[0]
+            shown = _without_password(str(where))
+            said = said.replace(str(where), shown)
+            problems.append(f"{shown}: no study could be read ({type(error).__name__}: {said})")
     return found, problems
+
+
+def _without_password(where: str) -> str:
+    return re.sub(r"//([^/:@]*):[^@]*@", r"//\1:***@", where)
 
 
 def _studies_in(where: Path | str) -> list[Study]:
@@ -48,27 +64,29 @@ def _studies_in(where: Path | str) -> list[Study]:
     elif where.suffix == ".journal":
         storage = JournalStorage(JournalFileBackend(str(where)))
     else:
-        storage = RDBStorage(f"sqlite:///file:{where.absolute()}?mode=ro&uri=true")
+        address = f"file:{quote(str(where.absolute()))}?mode=ro"
+        connect = partial(sqlite3.connect, address, uri=True, check_same_thread=False)
+        storage = RDBStorage("sqlite://", engine_kwargs={"creator": connect})
     return [_read(optuna.Study(one.study_name, storage), where) for one in storage.get_all_studies()]
 
 
 def _read(study, where: Path | str) -> Study:
     trials = study.get_trials(deepcopy=False)
-    said = study.user_attrs.get("description", {}).get("objective", "")
+    said = _dict(study.user_attrs.get("description")).get("objective", "")
     names = [part.split(" (")[0] for part in said.split(", ")] if said else []
     directions = [direction.name.lower() for direction in study.directions]
     if len(names) != len(directions):
         names = ["objective"] if len(directions) == 1 else [f"objective {i}" for i in range(len(directions))]
-    parameters = list(dict.fromkeys(key for t in trials for key in t.user_attrs.get("setting") or t.params))
+    parameters = list(dict.fromkeys(key for t in trials for key in _dict(t.user_attrs.get("setting")) or t.params))
     rows = [
         {
             "number": trial.number,
             "state": trial.state.name.lower(),
-            "status": (trial.user_attrs.get("run") or {}).get("status"),
+            "status": _dict(trial.user_attrs.get("run")).get("status"),
             "control": bool(trial.user_attrs.get("control")),
             "seconds": trial.duration.total_seconds() if trial.duration else math.nan,
             **{f"value_{i}": value for i, value in enumerate(trial.values or [math.nan] * len(directions))},
-            **(trial.user_attrs.get("setting") or trial.params),
+            **(_dict(trial.user_attrs.get("setting")) or trial.params),
         }
         for trial in trials
     ]
@@ -89,11 +107,13 @@ def _importances(study, trials: list) -> tuple[dict[str, float], str]:
         for trial in trials
         if trial.state == optuna.trial.TrialState.COMPLETE
         and not trial.user_attrs.get("control")
-        and (trial.user_attrs.get("run") or {}).get("status", "completed") == "completed"
+        and _dict(trial.user_attrs.get("run")).get("status", "completed") == "completed"
         and is_number(trial.values[0])
     ]
     if len(measured) < FEWEST:
         return {}, f"{len(measured)} measured trials are too few for importances: at least {FEWEST}."
+    if len(measured) > MOST:  # forests take minutes over thousands; evenly over the whole course
+        measured = [measured[place * len(measured) // MOST] for place in range(MOST)]
     if len({trial.values[0] for trial in measured}) == 1:
         return {}, "all measured trials have the same value: no parameter mattered."
     alone = optuna.create_study(directions=study.directions)
@@ -101,6 +121,7 @@ def _importances(study, trials: list) -> tuple[dict[str, float], str]:
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     target = None if len(study.directions) == 1 else lambda trial: trial.values[0]
     try:
-        return optuna.importance.get_param_importances(alone, evaluator=evaluator, target=target), ""
+        found = optuna.importance.get_param_importances(alone, evaluator=evaluator, target=target)
+        return found, f"{len(measured)} trials" if found else "its trials share no parameter."
     except (ValueError, RuntimeError, ImportError) as error:
         return {}, f"Optuna could not tell importances: {error}"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 
-from .load import Runs, gathered, is_number
+from .load import Runs, gathered, is_number, printable
 from .stats import (
     CONFIDENCE,
     FIGURES,
@@ -22,6 +22,7 @@ from .stats import (
     is_control,
     policy_of,
     strength,
+    varying,
 )
 from .stats import settings as settings_of
 
@@ -60,10 +61,11 @@ def settings_table(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     the row of the same settings without regularization.
     """
     found = settings_of(frame, keys)
+    data = [key for key in keys if key.startswith("config.dataset.") and not key.endswith(("augment", "pad"))]
     rows = []
     for setting, compared in zip(found, comparisons(found, keys), strict=True):
         row = dict(zip(keys, setting.values, strict=True))
-        row["bits"], row["policy"] = bits_of(setting), policy_of(setting)
+        row["bits"], row["policy"] = _width(bits_of(setting), [row[key] for key in data]), policy_of(setting)
         for name in ("weight_bits", "act_bits", "weight_bytes", "bops"):
             row[name] = _the_only(run[name] for run in setting.runs)
         for name in LAMBDAS:
@@ -79,6 +81,15 @@ def settings_table(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
         row["not_completed"] = counted(run["status"] for run in setting.runs if run["status"] != "completed")
         rows.append(row)
     return pd.DataFrame([_folded(row) for row in rows] if _can_fold(rows) else rows, dtype=object)
+
+
+def _width(bits: str | None, data: Sequence[object]) -> str | None:
+    """What settings compete within: a bit-width and, where the runs have several, a data set."""
+    if bits is None or not data:
+        return bits
+    # brqat.dataset.digits.load is the digits
+    names = [show(value).removeprefix("brqat.dataset.").removesuffix(".load") for value in data]
+    return f"{bits} on {', '.join(names)}"
 
 
 def _can_fold(rows: Sequence[dict]) -> bool:
@@ -153,7 +164,7 @@ def text_of(figure: Estimate, name: str, with_interval: bool = True) -> str:
 def to_markdown(table: pd.DataFrame) -> str:
     """A settings_table as Markdown, padded so that it reads in a terminal too."""
     head, body = cells(table)
-    rows = [[text.replace("|", r"\|") for text in row] for row in [head, *body]]
+    rows = [[" ".join(text.split()).replace("|", r"\|") for text in row] for row in [head, *body]]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join(
@@ -171,7 +182,7 @@ def to_latex(table: pd.DataFrame, notes: Sequence[str] = ()) -> str:
             r"\toprule",
             " & ".join(map(_latex, head)) + r" \\",
             r"\midrule",
-            *(" & ".join(map(_latex, row)) + r" \\" for row in body),
+            *("{}" + " & ".join(map(_latex, row)) + r" \\" for row in body),  # a [ would be an argument of \\
             r"\bottomrule",
             r"\end{tabular}",
             "",
@@ -192,11 +203,11 @@ def notes(runs: Runs, table: pd.DataFrame, keys: Sequence[str]) -> list[str]:
     found = [
         f"{len(frame)} runs: {counted(frame['status'])}. Only completed runs enter the means.",
         f"mean +- sample standard deviation (ddof=1) over n seeds [{CONFIDENCE:.0%} interval of the mean, by "
-        "Student's t]. Accuracies in percent.",
+        "Student's t, which may pass 100 %]. Accuracies in percent.",
         "Each run's epoch was chosen on its validation split, and the test set read with that epoch. gap to float: to "
         "the float network of the same seed.",
     ]
-    if (table["difference_n"] > 0).any():
+    if len(table) and (table["difference_n"] > 0).any():
         found.append(
             "vs lambda 0: paired difference in test accuracy to the setting without regularization, over common seeds."
         )
@@ -206,15 +217,14 @@ def notes(runs: Runs, table: pd.DataFrame, keys: Sequence[str]) -> list[str]:
     if constant:
         named = ", ".join(f"{key}={show(known[f'config.{key}'].iloc[0])}" for key in constant)
         found.append(f"The same in every run: {named}.")
-    averaged = [key for key in ALWAYS_NAMED if f"config.{key}" in known and key not in constant]
-    averaged = [key for key in averaged if f"config.{key}" not in keys]
+    averaged = [key.removeprefix("config.") for key in varying(frame) if key not in keys]
     if averaged:
-        found.append(f"Averaged over, though the runs differ in it: {', '.join(averaged)}.")
+        found.append(f"Averaged over within a seed, though the runs differ in it: {', '.join(averaged)}.")
     if "git_sha" in frame and frame["git_sha"].nunique() > 1:
         found.append(f"The runs come from {frame['git_sha'].nunique()} versions of the code (git_sha).")
     unknown = frame.loc[frame.index.difference(known.index), "path"]
     if len(unknown):
-        found.append(f"In no row, settings unknown: {', '.join(unknown)}.")
+        found.append(f"In no row, settings unknown: {_few(list(unknown))}.")
     again = [run["path"] for setting in settings_of(frame, keys) for run in setting.again]
     if again:
         found.append(
@@ -232,7 +242,7 @@ def runs_table(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     """A line per run: the settings that vary, the seed, the whole summary, the path."""
     config = [name for name in frame if name == SEED or name in keys]
     summary = [name for name in frame if not name.startswith("config.") and name != "path"]
-    return frame[[*config, *summary, "path"]]
+    return frame[[*config, *summary]].assign(path=frame["path"].map(printable))
 
 
 def typed(frame: pd.DataFrame) -> pd.DataFrame:

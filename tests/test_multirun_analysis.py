@@ -2,6 +2,7 @@
 
 import json
 import re
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -267,7 +268,7 @@ def test_a_figure_without_its_data_costs_only_itself(tmp_path, capsys):
     assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     error = capsys.readouterr().err
     assert "no figure level_histograms_W2A2" in error and "no figure levels_weight_W2A2" in error
-    assert {path.name for path in (tmp_path / "out/figures").iterdir()} == {
+    assert {path.name for path in (tmp_path / "out/figures").glob("[!.]*")} == {
         "learning_curves.png",
         "learning_curves.svg",
     }
@@ -367,10 +368,68 @@ def test_a_run_without_a_regularizer_is_a_control(tmp_path):
     assert row["difference_mean"] == pytest.approx(0.05) and row["difference_n"] == 1
 
 
+def test_control_with_runs_in_common_goes_before_one_of_the_same_policy_without(tmp_path):
+    for seed in range(3):
+        write_run(tmp_path / f"a{seed}", lambda_br=0, policy="learnable", seed=seed, summary={"test_acc": 0.9})
+        write_run(tmp_path / f"b{seed}", lambda_br=5.0, policy="backprop", seed=seed, summary={"test_acc": 0.92})
+    write_run(tmp_path / "c", lambda_br=0, policy="backprop", summary={"status": "failed", "test_acc": None})
+    rows = table_of(tmp_path).to_dict("records")
+    row = next(row for row in rows if row["lambda_br"] == 5)
+    assert row["difference_n"] == 3 and rows[row["control"]]["policy"] == "learnable"
+
+
+@pytest.mark.parametrize(
+    "regularizer",
+    [
+        {"_target_": "mine.Regularizer", "strength": 3},
+        {"_target_": "brqat.regularizer.binreg.BinReg", "lambda_br": 0, "lambda_br_act": "${mine}"},
+        {"_target_": "brqat.regularizer.binreg.BinReg", "lambda_br": float("inf"), "lambda_br_act": 0},
+    ],
+    ids=["of another kind", "not resolved", "not finite"],
+)
+def test_regularizer_that_is_not_known_to_be_off_makes_no_control(tmp_path, regularizer):
+    write_run(tmp_path / "0", summary={}, regularizer=regularizer)
+    assert not table_of(tmp_path)["is_control"].any()
+
+
+def test_of_two_runs_with_one_seed_that_with_figures_counts(tmp_path):
+    write_run(tmp_path / "0", summary={"test_acc": None})
+    write_run(tmp_path / "1", summary={"test_acc": 0.75})
+    row = table_of(tmp_path).iloc[0]
+    assert (row["test_acc_n"], row["test_acc_mean"]) == (1, 0.75)
+
+
+def test_runs_without_a_seed_are_samples_of_their_own_and_never_paired(tmp_path):
+    for number in range(4):
+        run = write_run(tmp_path / str(number), lambda_br=number % 2, summary={"test_acc": 0.9 + 0.01 * number})
+        config = (run / ".hydra/config.yaml").read_text().replace("seed: 0\n", "")
+        (run / ".hydra/config.yaml").write_text(config)
+    write_run(tmp_path / "with", lambda_br=1, summary={"test_acc": 0.5})
+    rows = table_of(tmp_path).to_dict("records")
+    assert [row["test_acc_n"] for row in rows] == [2, 3] and rows[1]["difference_n"] == 0
+
+
+def test_summary_cannot_change_what_the_config_says(tmp_path):
+    write_run(tmp_path / "0", seed=2, summary={"config": {"seed": 7, "regularizer": {"lambda_br": 99}}})
+    frame = runs_below(tmp_path).frame
+    assert frame["config.seed"][0] == 2 and frame["config.regularizer.lambda_br"][0] == 1.0
+
+
+def test_linked_runs_are_found_once_even_where_a_link_leads_back(tmp_path):
+    write_run(tmp_path / "real/0", summary={})
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/0").symlink_to(tmp_path / "real/0")
+    (tmp_path / "links/back").symlink_to(tmp_path)
+    assert len(load.find([tmp_path / "links"]).runs) == len(load.find([tmp_path]).runs) == 1
+
+
 def test_keys_can_be_given_and_then_average_over_the_rest(sweep, capsys):
     row = table_of(sweep, ["quantizer.bits"]).iloc[0]
-    every = ACCURACY[0.0] + ACCURACY[1.0]
-    assert (row["test_acc_n"], row["test_acc_mean"]) == (6, pytest.approx(np.mean(every)))
+    by_seed = np.mean([ACCURACY[0.0], ACCURACY[1.0]], axis=0)  # a seed is one sample, whatever else its runs differ in
+    assert (row["test_acc_n"], row["test_acc_mean"]) == (3, pytest.approx(np.mean(by_seed)))
+    assert row["test_acc_sd"] == pytest.approx(np.std(by_seed, ddof=1))
+    notes = "\n".join(tables.notes(runs_below(sweep), table_of(sweep, ["quantizer.bits"]), ["config.quantizer.bits"]))
+    assert "Averaged over within a seed, though the runs differ in it: regularizer.lambda_br" in notes
     assert main([str(sweep), "--by", "lambda_bar"]) == 2
     assert "--by lambda_bar: no run has this key" in capsys.readouterr().err
 
@@ -406,6 +465,27 @@ def test_second_call_reads_only_what_changed(sweep, tmp_path_factory, monkeypatc
     assert read == [folders[1], folders[2]]
     assert again.frame["test_acc"][1] == 0.25 and again.problems == [f"{folders[2]}/levels.jsonl: empty"]
     assert load.load_runs(folders, cache).problems == again.problems  # what was wrong is kept, too
+
+
+def test_cache_with_a_damaged_row_reads_that_run_again(sweep, tmp_path_factory):
+    cache, folders = tmp_path_factory.mktemp("cache") / "c.sqlite", load.find([sweep]).runs
+    first = load.load_runs(folders, cache)
+    with sqlite3.connect(cache) as rows:
+        rows.execute("UPDATE runs SET row = '{' WHERE rowid = 2")
+    assert load.load_runs(folders, cache).frame.equals(first.frame)
+    with sqlite3.connect(cache) as rows:
+        rows.execute("DROP TABLE runs")
+    assert load.load_runs(folders, cache).frame.equals(first.frame)
+
+
+def test_cache_that_is_locked_is_done_without(sweep, tmp_path_factory, monkeypatch):
+    cache, folders = tmp_path_factory.mktemp("cache") / "c.sqlite", load.find([sweep]).runs
+    first = load.load_runs(folders, cache)
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *given, **more: connect(*given, **(more | {"timeout": 0.1})))
+    with connect(cache) as rows:
+        rows.execute("BEGIN EXCLUSIVE")
+        assert load.load_runs(folders, cache).frame.equals(first.frame)
 
 
 @pytest.mark.parametrize("damage", [b"no database", b""])

@@ -17,7 +17,7 @@ from run_folders import write_run
 
 from multirun_analysis import load, plots, stats, study, tables
 from multirun_analysis.__main__ import main
-from multirun_analysis.answers import answers, missing
+from multirun_analysis.answers import answers, best_of, missing
 
 BITS, LAMBDAS, FEW, SEEDS = (2, 3, 4), (0, 0.1, 1.0, 10.0), ("frozen", "learnable"), (0, 1, 2)
 
@@ -271,6 +271,70 @@ def test_interval_that_holds_0_is_no_difference_and_one_that_does_not_is(tmp_pat
     assert "worse with regularization" in words_of(tmp_path / "worse")[0]
 
 
+def test_control_that_is_best_only_for_having_more_seeds_is_not_said_to_be_better(tmp_path):
+    for seed in SEEDS:
+        write_run(tmp_path / f"a{seed}", lambda_br=0, seed=seed, summary={"val_acc": 0.9})
+    write_run(tmp_path / "b", lambda_br=2.0, summary={"val_acc": 0.99})
+    assert "1 regularized setting with one seed has higher validation accuracy" in words_of(tmp_path)[0]
+
+
+def test_control_alone_or_without_a_seed_in_common_is_told_from_none(tmp_path):
+    write_run(tmp_path / "a/0", lambda_br=0, summary={})
+    assert "nothing else was tried" in words_of(tmp_path / "a")[0]
+    write_run(tmp_path / "b/0", lambda_br=0, seed=0, summary={"val_acc": 0.1})
+    write_run(tmp_path / "b/1", lambda_br=1.0, seed=1, summary={"val_acc": 0.9})
+    said, lacks = words_of(tmp_path / "b")
+    assert "no completed run with a seed of this setting" in said and "No lambda=0 arm" not in said + lacks
+
+
+def test_data_sets_do_not_compete(tmp_path):
+    for number, name in enumerate(("digits", "cifar10")):
+        dataset = {"_target_": f"brqat.dataset.{name}.load"}
+        write_run(tmp_path / name, summary={"test_acc": 0.9 - 0.3 * number}, dataset=dataset)
+    said, _ = words_of(tmp_path)
+    assert "W2A2 on digits:" in said and "W2A2 on cifar10:" in said
+
+
+def test_runs_that_say_nothing_of_their_bits_have_an_answer(tmp_path):
+    write_run(tmp_path / "0", summary={"weight_bits": None, "act_bits": None})
+    assert "bits not recorded: " in words_of(tmp_path)[0]
+
+
+def test_several_widths_in_one_row_are_not_called_by_the_name_of_one(tmp_path):
+    for bits in (2, 4):
+        write_run(tmp_path / f"{bits}", bits=bits, summary={"test_acc": 0.2 * bits})
+    frame = load.load_runs(load.find([tmp_path]).runs).frame
+    table = tables.settings_table(frame, stats.keys_of(frame, ["regularizer.lambda_br"]))
+    assert list(table["bits"]) == ["several bit-widths"] and table["test_acc_n"][0] == 1  # one seed
+    assert "+-" not in tables.to_markdown(table)
+
+
+def test_best_of_several_that_looks_better_is_to_be_confirmed(page, tmp_path):
+    assert "looks better than it is: confirm it" in page.text
+    for seed in SEEDS:
+        write_run(tmp_path / f"a{seed}", lambda_br=0, seed=seed, summary={"test_acc": 0.8, "val_acc": 0.5})
+        summary = {"test_acc": 0.9 + 0.001 * seed, "val_acc": 0.9}
+        write_run(tmp_path / f"b{seed}", lambda_br=1.0, seed=seed, summary=summary)
+    assert "looks better than it is" not in words_of(tmp_path)[0]
+
+
+def test_answer_says_what_the_regularizer_did_to_the_levels(page, sweep):
+    frame = load.load_runs(load.find([sweep / "2"]).runs).frame
+    table = tables.settings_table(frame, stats.keys_of(frame))
+    best = table.loc[best_of(table, "W2A2", regularized=True)]
+
+    def mean(paths, epoch):
+        rows = [json.loads(line) for path in paths for line in (Path(path) / "levels.jsonl").read_text().splitlines()]
+        of = [row["effectiveness"] for row in rows if (row["kind"], row["bits"], row["epoch"]) == ("weight", 2, epoch)]
+        return np.mean(of)
+
+    control = table.loc[best["control"], "paths"]
+    assert (
+        f"effectiveness {mean(best['paths'], 2):.1f} after warmup, {mean(best['paths'], 6):.1f} at the end "
+        f"({mean(control, 6):.1f} under lambda 0)" in page.text
+    )
+
+
 def test_one_lucky_seed_does_not_beat_a_setting_with_several(tmp_path):
     for seed in SEEDS:
         write_run(tmp_path / f"a{seed}", lambda_br=1.0, seed=seed, summary={"val_acc": 0.9})
@@ -296,6 +360,32 @@ def test_history_leaves_out_what_was_not_measured(sweep):
     best, trials, controls = plots.study_history(one).panels[0].series
     assert list(controls.x) == [0] and 5 not in trials.x and len(trials.x) == 10
     assert list(best.y) == list(np.maximum.accumulate(best.y))
+
+
+def test_study_under_a_folder_with_any_name_is_read_and_nothing_is_created(sweep, tmp_path):
+    for name in ("a#b", "a?b", "a%41b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(sweep / "study.db", tmp_path / name)
+        (found,), problems = study.read_studies([tmp_path / name / "study.db"])
+        assert found.name == "s" and not problems
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a#b", "a%41b", "a?b"]
+
+
+def test_password_of_a_database_is_not_shown(tmp_path, capsys):
+    write_run(tmp_path / "0", summary={})
+    assert main([str(tmp_path), "--no-figures", "--storage", "postgresql://me:s3cret@127.0.0.1:1/none"]) == 0
+    printed, report = capsys.readouterr(), tmp_path / "report"
+    written = "".join((report / name).read_text() for name in ("table.md", "table.tex", "index.html"))
+    assert "me:***@127.0.0.1" in written and "s3cret" not in written + printed.out + printed.err
+
+
+def test_studies_of_one_name_have_figures_of_their_own(sweep, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        shutil.copy(sweep / "study.db", tmp_path / name)
+    write_run(tmp_path / "run", summary={})
+    assert main([str(tmp_path)]) == 0
+    assert {"study_history_s.png", "study_history_s_2.png"} <= {p.name for p in (tmp_path / "report/figures").iterdir()}
 
 
 def test_study_that_cannot_be_read_costs_only_itself(tmp_path, capsys):
@@ -340,6 +430,75 @@ def test_damaged_input_gives_a_report_that_says_so(sweep, tmp_path, capsys):
         for row in page.data["runs"]["rows"]
         for _, value, *_ in row
     )
+
+
+WEIRD = {
+    "status is a number": ("summary.json", '{"status": 1, "study_name": 5}'),
+    "enormous integer": ("summary.json", '{"status": "completed", "test_acc": 1' + 400 * "0" + "}"),
+    "integer beyond what Python reads": ("summary.json", '{"status": "completed", "test_acc": 1' + 5000 * "0" + "}"),
+    "nested too deep": ("summary.json", 100_000 * "["),
+    "lone surrogate": ("summary.json", '{"status": "completed", "test_acc": 0.5, "note": "\\ud800"}'),
+    "nothing but null": ("summary.json", '{"status": null, "test_acc": null, "weight_bits": null}'),
+    "list for a figure": ("summary.json", '{"status": "completed", "test_acc": [1], "seconds": {"a": 1}}'),
+    "list for a site": ("levels.jsonl", '{"epoch": 1, "site": ["a"]}\n'),
+    "no kind": ("levels.jsonl", '{"epoch": 1, "site": "a", "bits": 2, "kind": null, "effectiveness": 50}\n'),
+    "epoch beyond a float": ("metrics.jsonl", '{"epoch": 1' + 400 * "0" + "}\n"),
+    "a date": (".hydra/config.yaml", "when: 2024-01-01\nseed: 1\n"),
+    "a date that is none": (".hydra/config.yaml", "when: 2024-13-45\nseed: 1\n"),
+    "no settings": (".hydra/config.yaml", "- a\n"),
+    "an array for an archive": ("histograms.npz", np.arange(3)),
+    "edges that are not": ("histograms.npz", {"a.weight@edges": np.array([np.inf, 1.0]), "a.weight@1": np.array([1])}),
+    "no edges at all": ("histograms.npz", {"a.weight@edges": np.array([]), "a.weight@1": np.array([])}),
+}
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["among others", "alone"])
+@pytest.mark.parametrize("what", WEIRD)
+def test_no_file_of_a_run_costs_the_report(sweep, tmp_path, what, alone):
+    name, content = WEIRD[what]
+    write_run(tmp_path / "odd", lambda_br=3.0, summary={})
+    if not alone:
+        for strength in (0, 1.0):
+            shutil.copytree(sweep / f"2/{strength}/frozen0", tmp_path / f"{strength}")
+    if isinstance(content, str):
+        (tmp_path / "odd" / name).write_text(content)
+    elif isinstance(content, dict):
+        np.savez(tmp_path / "odd" / name, **content)
+    else:
+        with (tmp_path / "odd" / name).open("wb") as file:
+            np.save(file, content)
+    drawn = alone and name in ("histograms.npz", "levels.jsonl", "metrics.jsonl")
+    assert main([str(tmp_path), *([] if drawn else ["--no-figures"])]) == 0
+    page = Page(tmp_path / "report/index.html")
+    assert len(page.data["runs"]["rows"]) == (1 if alone else 3)
+    if drawn and name == "histograms.npz":
+        assert "no figure level_histograms_W2A2" in page.text and "histograms.npz" in page.text
+
+
+def test_folder_that_is_not_to_be_looked_into_is_named(tmp_path, monkeypatch):
+    write_run(tmp_path / "0", summary={})
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    (tmp_path / "shut").mkdir()
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert main([str(tmp_path), "--no-figures"]) == 0
+    assert f"{tmp_path}/shut: Permission denied" in Page(tmp_path / "report/index.html").text
+
+
+def test_what_others_put_beside_the_figures_stays_and_figures_of_before_go(sweep, tmp_path):
+    shutil.copytree(sweep / "2/0/frozen0", tmp_path / "run")
+    assert main([str(tmp_path / "run"), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "figures/level_histograms_W2A2.png").is_file()
+    (tmp_path / "figures/mine.png").write_bytes(b"mine")
+    (tmp_path / "run/histograms.npz").unlink()
+    assert main([str(tmp_path / "run"), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "figures/mine.png").is_file()
+    assert not (tmp_path / "figures/level_histograms_W2A2.png").exists()
 
 
 def test_markup_in_a_setting_stays_text(tmp_path):

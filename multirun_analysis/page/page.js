@@ -16,7 +16,7 @@ function dressed() {
 const drawn = [];
 function draw(panel) {
   const figure = data.figures[Number(panel.dataset.figure)];
-  Plotly.newPlot(panel, figure.data, figure.layout, { responsive: true, displaylogo: false })
+  Plotly.newPlot(panel, figure.data, figure.layout, { responsive: true, displayModeBar: false })
     .then(() => Plotly.relayout(panel, dressed()))
     .then(() => { drawn.push(panel); panel.dataset.drawn = "yes"; });
 }
@@ -26,7 +26,7 @@ const near = new IntersectionObserver(entries => {
 }, { rootMargin: "600px" });
 document.querySelectorAll(".panel").forEach(panel => near.observe(panel));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawn.forEach(panel => Plotly.relayout(panel, dressed())));
-addEventListener("beforeprint", () => document.querySelectorAll(".panel:not([data-drawn])").forEach(draw));
+addEventListener("beforeprint", () => near.takeRecords() && document.querySelectorAll(".panel:not([data-drawn])").forEach(panel => { near.unobserve(panel); draw(panel); }));
 
 // ---- tables: a cell is [text, what to sort by, link]
 
