@@ -60,8 +60,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _write(runs: load.Runs, keys: Sequence[str], studies: list, out: Path, with_figures: bool) -> None:
-    for problem in load.gathered(runs.problems):
-        _print(problem, sys.stderr)
     table = tables.settings_table(runs.frame, keys)
     notes = tables.notes(runs, table, keys)
     each = tables.runs_table(runs.frame, keys)

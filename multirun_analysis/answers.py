@@ -56,6 +56,8 @@ def widths(table: pd.DataFrame) -> list[str]:
 def answers(table: pd.DataFrame) -> list[Answer]:
     """For each bit-width the setting to use."""
     found = []
+    done = table[table["val_acc_n"] > 0] if len(table) else table
+    keys = [key for key in table if key.startswith("config.") and done[key].nunique(dropna=False) > 1]
     for bits in widths(table):
         place = best_of(table, bits)
         if place is None:
@@ -63,13 +65,13 @@ def answers(table: pd.DataFrame) -> list[Answer]:
         row = table.loc[place].to_dict()
         of_width = table[(table["bits"] == bits) & (table["val_acc_n"] > 0)]
         accuracy = f"{_percent(row, 'test_acc')} on the test set"
-        found.append(Answer(bits, place, setting_text(row), accuracy, _how_sure(row, of_width)))
+        found.append(Answer(bits, place, setting_text(row, keys), accuracy, _how_sure(row, of_width)))
     return found
 
 
-def setting_text(row: dict) -> str:
-    """The values that make a row's setting, as a person types them."""
-    keys = [name for name in row if name.startswith("config.")]
+def setting_text(row: dict, keys: Sequence[str] | None = None) -> str:
+    """The values that make a row's setting, of all keys or of the given, as a person types them."""
+    keys = [name for name in row if name.startswith("config.")] if keys is None else keys
     return " ".join(f"{key.removeprefix('config.')}={show(row[key])}" for key in keys) or "the only setting"
 
 
@@ -147,19 +149,21 @@ def _verdict(difference: Estimate) -> str:
 
 def _runner_up(row: dict, of_width: pd.DataFrame) -> str:
     """How much the choice among the settings of a width means."""
-    means = of_width["val_acc_mean"].astype(float)
-    best = row["val_acc_mean"]
-    low = row["val_acc_low"] if is_number(row["val_acc_low"]) else None
+    several = of_width[of_width["val_acc_n"] > 1]
+    eligible = several if len(several) else of_width
+    means, best = eligible["val_acc_mean"].astype(float), row["val_acc_mean"]
+    passed = len(of_width) - len(eligible)
+    over = f" ({passed} with one seed only left out)" if passed else ""
+    chosen = f"Chosen by validation among {len(means)} settings{over}"
     ties = int((means == best).sum()) - 1
     if ties:
-        return (
-            f"Chosen among {len(means)} settings by validation; {ties} more {'ties' if ties == 1 else 'tie'} with it."
-        )
-    if low is None:
-        return f"Chosen among {len(means)} settings by validation, each with one seed: partly luck."
-    within = int((means >= low).sum()) - 1
+        return f"{chosen}; {ties} more {'ties' if ties == 1 else 'tie'} with it."
+    if not is_number(row["val_acc_low"]):
+        return f"{chosen}, each with one seed: partly luck."
+    within = int((means >= row["val_acc_low"]).sum()) - 1
+    interval = _interval(estimate_in(row, "val_acc"), "val_acc")
     others = {0: "no other lies", 1: "1 other lies"}.get(within, f"{within} others lie")
-    return f"Chosen among {len(means)} settings by validation; {others} within its interval or above."
+    return f"{chosen}; {others} within the interval of its validation accuracy, {interval}."
 
 
 def missing(runs: Runs, table: pd.DataFrame, studies: Sequence[Study]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .answers import widths
+from .answers import best_of, widths
 from .chart import COLORS, REST, Axis, Chart, Grid, Panel, Series
 from .load import Histogram, Unreadable, is_number, read_config, read_histograms, read_lines
 from .stats import front
@@ -55,9 +55,11 @@ def accuracy_against_lambda(table: pd.DataFrame) -> Chart:
             known = [row for row in of_width if is_number(row[name])]
             lost = sum(1 for row in table.to_dict("records") if row["bits"] == bits and not row["test_acc_n"])
             panels.append(_against(name, bits, known, lost, joined=len(names) == 1))
-        top = max(of_width, key=lambda row: row["test_acc_mean"], default=None)
-        if top:
-            best.append(f"{bits}: highest mean {100 * top['test_acc_mean']:.1f} at lambda_br {show(top['lambda_br'])}")
+        place = best_of(table, bits)
+        if place is not None and of_width:
+            top = table.loc[place]
+            said = text_of(estimate_in(top.to_dict(), "test_acc"), "test_acc", with_interval=False)
+            best.append(f"{bits}: {said} at lambda_br {show(top['lambda_br'])}, which validation prefers")
     return Chart(
         "accuracy_against_lambda",
         "Does regularization help? Test accuracy against lambda, 0 at the left; bars are 95 % intervals over seeds",
@@ -125,11 +127,14 @@ def pareto(table: pd.DataFrame) -> Chart:
         for place, bits in enumerate(widths(table)):
             mine = [row for row in rows if row["bits"] == bits]
             series.append(_points(bits, [row[name] for row in mine], mine, "points", place))
-        best = [rows[place] for place in front([(row[name], row["test_acc_mean"]) for row in rows])]
+        # Settings with one seed are shown and make no front where others have several: the highest would be luck.
+        several = [row for row in rows if row["test_acc_n"] > 1] or rows
+        best = [several[place] for place in front([(row[name], row["test_acc_mean"]) for row in several])]
         x, y = [row[name] for row in best], [100 * row["test_acc_mean"] for row in best]
         series.insert(0, Series("nothing smaller is better", x, y, "line", REST))
         panels.append(Panel(f"Test accuracy against {name}", label, "test accuracy (%)", series, log_x=True))
-        said.append(f"{name}: " + ", ".join(f"{a:.1f} % at {b:,.0f}" for a, b in zip(y, x, strict=True)))
+        ns = [row["test_acc_n"] for row in best]
+        said.append(f"{name}: " + ", ".join(f"{a:.1f} % (n={n}) at {b:,.0f}" for a, n, b in zip(y, ns, x, strict=True)))
     if not panels:
         raise NoChart("all completed settings cost the same: there is no front")
     return Chart(
@@ -361,7 +366,8 @@ def study_importances(study: Study) -> Chart:
     said = ", ".join(f"{name} {share:.0f} %" for name, share in zip(names, shares, strict=True))
     panel = Panel("Share of the objective's variance", "importance (%)", "", [Series("", names, shares, "bars")])
     title = f"Study {study.name}: what mattered? fANOVA over {study.without}"
-    return Chart(f"study_{safe(study.name)}_importances", title, f"Importances: {said}.", [panel], columns=1)
+    alt = f"Importances: {said}. Of few trials, or where values hardly differ, one outlier can make them."
+    return Chart(f"study_{safe(study.name)}_importances", title, alt, [panel], columns=1)
 
 
 def study_slices(study: Study) -> Chart:
@@ -422,7 +428,7 @@ def study_parallel(study: Study) -> Chart:
             axes.append(Axis(key.split(".")[-1], places, dict(enumerate(names))))
     objective = study.objectives[0][0]
     axes.append(Axis(objective, [row["value_0"] for row in rows]))
-    title = f"Study {study.name}: which settings go together? Bright lines have the highest {objective}"
+    title = f"Study {study.name}: which settings go together? Orange lines have the highest {objective}"
     alt = f"{len(rows)} trials as lines through {', '.join(axis.name for axis in axes)}."
     panel = Panel("A line per trial", "", "", parallel=axes)
     return Chart(f"study_{safe(study.name)}_parallel", title, alt, [panel], columns=1)

@@ -22,6 +22,7 @@ from .stats import FIGURES, SEED
 from .study import Study
 
 PAGE = Path(__file__).parent / "page"
+MOST_OPEN = 6  # panels of a chart, beyond which the page has them folded
 PRINTED_LAYERS = 4  # in a histogram on paper; the screen has all
 RUN_FIGURES = ("test_acc", "val_acc", "float_test_acc", "best_epoch", "seconds")
 
@@ -95,14 +96,16 @@ def _seed(row: dict) -> str:
 
 
 def _by_policy(table: pd.DataFrame, bits: str) -> dict[str, list[Path]]:
-    """Name -> runs: the best setting of each alpha policy at a bit-width, and its arm without regularization."""
+    """Name -> runs: at a bit-width the best and the strongest setting of each alpha policy, and their controls."""
     of_width = table[(table["bits"] == bits) & (table["val_acc_n"] > 0)]
     found, controls = {}, {}
     for policy in sorted(of_width["policy"].dropna().unique()) or [None]:
         rows = of_width if policy is None else of_width[of_width["policy"] == policy]
         row = table.loc[best_of(rows, bits, regularized=True)]
-        label = f"{policy or 'all'}, {_strength(row)}"
-        found[label] = [Path(path) for path in row["paths"]]
+        # The best may be the weakest of all: what BR can do shows the strongest.
+        strongest = max(rows.to_dict("records"), key=lambda one: (one["lambda_br"] or 0, one["lambda_br_act"] or 0))
+        for one in (row, strongest):
+            found.setdefault(f"{policy or 'all'}, {_strength(one)}", [Path(path) for path in one["paths"]])
         if row["control"] is not None:
             control = table.loc[row["control"]]
             controls[f"{control['policy'] or 'all'}, lambda 0"] = [Path(path) for path in control["paths"]]
@@ -157,19 +160,23 @@ def page(
 ) -> str:
     """The whole page. Paths in it are relative to out."""
     found, lacks = answers(table), missing(runs, table, studies)
-    figures, parts, section = [], [], None
+    figures, parts, named, section = [], [], [], None
     for shown in charts:
         if shown.section != section:
-            parts.append(f"{'</section>' if section else ''}<section><h2>{_text(shown.section)}</h2>")
+            anchor = f"part-{len(named)}"
+            named.append(f'<a href="#{anchor}">{_text(shown.section)}</a>')
+            parts.append(f"{'</section>' if section else ''}<section id={anchor}><h2>{_text(shown.section)}</h2>")
             section = shown.section
         parts.append(_chart(shown, figures))
-    data = {"settings": _settings(table), "runs": _runs(runs.frame, keys, out), "figures": figures}
+    counted = {path for paths in table["paths"] for path in paths} if len(table) else set()
+    data = {"settings": _settings(table), "runs": _runs(runs.frame, keys, out, counted), "figures": figures}
     return Template((PAGE / "page.html").read_text(encoding="utf-8")).substitute(
         title=_text(f"{len(runs.frame)} runs: {tables.counted(runs.frame['status'])}"),
         made=f"{datetime.now():%Y-%m-%d %H:%M}",
         answers="".join(_answer(answer, on_levels.get(answer.bits)) for answer in found)
         or "<p>No run has completed: there is no answer yet.</p>",
         missing=_list(lacks) if lacks else "<p>Nothing that this report looks for.</p>",
+        parts=" ".join(named),
         charts="".join(parts) + ("</section>" if section else ""),
         notes=_list(notes),
         provenance=_provenance(runs.frame),
@@ -198,10 +205,11 @@ def _chart(shown: Shown, figures: list[dict]) -> str:
         )
         figures.append(json.loads(figure.to_json()))
     links = " ".join(f'<a href="{_text(file)}">{file.rpartition(".")[2].upper()}</a>' for file in shown.files)
-    return (
-        f'<figure><figcaption>{_text(chart.title)}</figcaption><div class="panels" style="--columns:{chart.columns}">'
-        f'{"".join(panels)}</div><p class="alt">{_text(chart.alt)} {links}</p></figure>'
-    )
+    caption = f"<figcaption>{_text(chart.title)}</figcaption>"
+    body = f'<div class="panels" style="--columns:{chart.columns}">{"".join(panels)}</div>'
+    if len(panels) > MOST_OPEN:
+        body = f"<details><summary>{len(panels)} charts</summary>{body}</details>"
+    return f'<figure>{caption}{body}<p class="alt">{_text(chart.alt)} {links}</p></figure>'
 
 
 def _settings(table: pd.DataFrame) -> dict:
@@ -219,20 +227,19 @@ def _settings(table: pd.DataFrame) -> dict:
     return {"head": head, "rows": rows}
 
 
-def _runs(frame: pd.DataFrame, keys: Sequence[str], out: Path) -> dict:
+def _runs(frame: pd.DataFrame, keys: Sequence[str], out: Path, counted: set[str]) -> dict:
     """The runs, one by one, with a link to each folder."""
     config = [name for name in (*keys, SEED) if name in frame]
     figures = [name for name in RUN_FIGURES if name in frame and frame[name].notna().any()]
     ids = [name for name in ("study_name", "trial_number", "wandb_run_id", "config_hash") if name in frame]
-    head = ["folder", "status", *(name.removeprefix("config.") for name in config), *figures, *ids]
+    head = ["folder", "status", "in the means", *(name.removeprefix("config.") for name in config), *figures, *ids]
     base = os.path.abspath(out)
     rows = []
     for row in frame.to_dict("records"):
         path = os.path.abspath(row["path"])
-        cells = [
-            [row["path"], row["path"], quote(os.path.relpath(path, base), errors="surrogateescape") + "/"],
-            [row["status"], row["status"]],
-        ]
+        link = quote(os.path.relpath(path, base), errors="surrogateescape") + "/"
+        inside = "yes" if row["path"] in counted else "no"
+        cells = [[row["path"], row["path"], link], [row["status"], row["status"]], [inside, inside]]
         for name in (*config, *figures, *ids):
             value = row[name]
             percent = name in tables.IN_PERCENT and is_number(value)

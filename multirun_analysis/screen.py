@@ -53,7 +53,7 @@ def _panel(panel: Panel) -> Figure:
         height=height, margin={"l": 56, "r": 12, "t": 34, "b": 44}, paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)", template="none", hovermode="closest", bargap=0.3,
         legend={"orientation": "h", "y": -0.22, "yanchor": "top", "x": 0, "font_size": 11},
-        showlegend=any(series.name for series in panel.series),
+        showlegend=len({series.name for series in panel.series if series.name}) > 1,
     )  # fmt: skip
     if panel.parallel:
         figure.update_layout(margin={"l": 70, "r": 70, "t": 90})

@@ -583,11 +583,14 @@ def test_filter_leaves_rows_that_have_all_words(shown):
     search.fill("frozen completed")
     assert shown.locator("[data-table=runs] tbody tr").count() == 36
     assert shown.locator("[data-table=runs] [role=status]").text_content() == "36 of 73"
+    search.fill("quantizer.bits=2")  # as the answers name a setting
+    assert shown.locator("[data-table=runs] tbody tr").count() == 25
     search.fill("nothing has this")
     assert shown.locator("[data-table=runs] tbody tr").count() == 0
 
 
 def test_page_draws_all_figures_without_an_error_and_fits_its_window(shown):
+    shown.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
     panels = shown.locator(".panel")
     for place in range(panels.count()):
         panels.nth(place).scroll_into_view_if_needed()

@@ -203,8 +203,10 @@ def test_same_command_again_runs_nothing_and_a_greater_total_goes_on(copied, cal
     ids=["range", "choice", "objective", "epochs", "control", "model"],
 )
 def test_study_with_other_settings_is_refused_with_what_differs(copied, call, given, lines):
+    before = ledger_of(copied).attrs
     code, said = call(*study(copied, *SEARCH, *given, "hydra.sweeper.n_trials=6"))
     assert code == 2 and "Traceback" not in said and "was begun with other settings" in said
+    assert ledger_of(copied).attrs == before
     for line in lines:
         assert re.search(line, said)
     assert len(ledger_of(copied).trials()) == 5

@@ -152,9 +152,11 @@ def verdict(ledger: Ledger, folder: Path) -> str:
         several = len(ledger.study.directions) > 1
         setting = " ".join(f"{key}={value}" for key, value in best.user_attrs["setting"].items())
         words = "first setting of the Pareto front" if several else "best setting"
-        ties = 0 if several else sum(trial.value == best.value for trial in ranked) - 1
-        if ties:
-            words = f"best setting, of {ties + 1} that tie"
+        ties = [] if several else [trial for trial in ranked if trial.value == best.value]
+        if len(ties) > 1:
+            words = f"best setting, of {len(ties)} that tie the one with the lowest validation loss"
+        if any(is_control(trial) for trial in ties) and not is_control(best):
+            words = f"the control (lambda 0) is as good as the {words}"
         lines += [
             f"{words} (trial {best.number}): {setting}",
             f"  again: {command(folder, f'{ledger.name}_best')}",

@@ -253,6 +253,17 @@ class Worker:
             load_if_exists=True,
         )
         attrs = study.user_attrs
+        lines = difference(attrs.get("description", here), here)
+        if lines and (not self.sweeper.force or attrs["description"]["objective"] != here["objective"]):
+            raise ValueError(
+                f"study {name} in {storage.where} was begun with other settings, and its trials would not compare with "
+                "this command's. From the study's (-) to this command's (+):\n" + "\n".join(lines) + "\n"
+                "Give the settings it began with, another hydra.sweeper.study_name, or hydra.sweeper.force=true to mix "
+                "(not for another objective)."
+            )
+        if lines:
+            self._refuse_other_choices(study)
+        # Nothing is written before this: a command that is refused leaves the study as it was.
         if attrs.get("n_trials") != self.sweeper.n_trials:
             study.set_user_attr("n_trials", self.sweeper.n_trials)  # for brqat-study status
         if "uid" not in attrs:
@@ -263,16 +274,7 @@ class Worker:
         if "description" not in attrs:
             study.set_user_attr("description", here)
             return
-        lines = difference(attrs["description"], here)
-        if lines and (not self.sweeper.force or attrs["description"]["objective"] != here["objective"]):
-            raise ValueError(
-                f"study {name} in {storage.where} was begun with other settings, and its trials would not compare with "
-                "this command's. From the study's (-) to this command's (+):\n" + "\n".join(lines) + "\n"
-                "Give the settings it began with, another hydra.sweeper.study_name, or hydra.sweeper.force=true to mix "
-                "(not for another objective)."
-            )
         if lines:
-            self._refuse_other_choices(study)
             log.warning(
                 "hydra.sweeper.force=true: trials from here on differ from those before in\n%s", "\n".join(lines)
             )

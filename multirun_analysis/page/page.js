@@ -47,11 +47,19 @@ function table(place) {
   const { head, rows } = data[place.dataset.table];
   const label = place.dataset.label;
   let sorted = rows, column = null, up = true, at = 0, words = [];
-  const search = element("input", { type: "search", placeholder: "words, all of which a row has" });
+  const search = element("input", { type: "search", placeholder: "such as quantizer.bits=2 frozen" });
   const count = element("span", { role: "status" });
   const body = element("tbody");
+  const short = name => { // its shortest ending that no other column shares
+    const parts = name.split(".");
+    for (let from = parts.length - 1; from > 0; from--) {
+      const end = parts.slice(from).join(".");
+      if (head.filter(other => `.${other}`.endsWith(`.${end}`)).length === 1) return end;
+    }
+    return name;
+  };
   const heads = head.map((text, index) => {
-    const button = element("button", { type: "button", textContent: text });
+    const button = element("button", { type: "button", textContent: short(text), title: text });
     const th = element("th", { scope: "col" }, button);
     button.addEventListener("click", () => {
       up = column === index ? !up : true;
@@ -84,7 +92,7 @@ function table(place) {
 
   function show() {
     const found = sorted.filter(row => {
-      const text = row.map(cell => cell[0]).join(" ").toLowerCase();
+      const text = row.map((cell, index) => `${head[index]}=${cell[0]}`).join(" ").toLowerCase();
       return words.every(word => text.includes(word));
     });
     body.replaceChildren(...found.slice(at, at + ROWS).map(row => element("tr", {}, ...row.map(([text, , link]) =>
