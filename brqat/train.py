@@ -166,24 +166,25 @@ class Parts(NamedTuple):
 class Check:
     """hydra.sweeper.check: makes what configs describe, trains nothing, and raises ValueError for what cannot be.
 
-    with_data: claims the device and loads the data as well, once for each `dataset` among the configs, and makes each
-    `model` for them.
+    with_data: loads the data as well, once for each `dataset` among the configs, and makes each `model` for them.
+    with_device: claims the device, which a process that trains nothing itself should not.
     """
 
-    def __init__(self, with_data: bool):
-        self.with_data = with_data
+    def __init__(self, with_data: bool, with_device: bool):
+        self.with_data, self.with_device = with_data, with_device
         self.shapes: dict[str, tuple[int, int, int] | str] = {}  # of data sets: training pictures, classes, channels
         self.networks: set[str] = set()
 
     def __call__(self, cfg: DictConfig) -> None:
         settings = Parts.of(cfg).settings
         _make(cfg.tracking, "tracking")
+        if self.with_device:
+            with claimed_device(settings.device):
+                pass
         if not self.with_data:
             return
         if settings.pretrained not in ("auto", "none") and not Path(settings.pretrained).is_file():
             raise ValueError(f"pretrained={settings.pretrained} is no file. Write auto, none, or the path of weights.")
-        with claimed_device(settings.device):
-            pass
         pictures, classes, channels = self._shape(cfg)
         check_batch_size(settings.batch_size, pictures)
         network = json.dumps([OmegaConf.to_container(cfg.model, resolve=True), classes, channels])

@@ -33,7 +33,7 @@ from sqlalchemy.exc import OperationalError
 
 import brqat.study.ledger
 from brqat.files import config_dir
-from brqat.study import results, storage, trial
+from brqat.study import cli, results, storage, trial
 from brqat.study.board import best_first, standing, table
 from brqat.study.ledger import Ledger, NotOurs, Rules, Space, run_of
 from brqat.study.rehearsal import rehearse
@@ -595,6 +595,34 @@ def test_share_of_failures_is_bounded_by_max_failure_rate(opened):
     assert "2 of 3 trials failed" in ledger.failure(BEGAN)
 
 
+def test_failures_that_were_warned_of_count_for_nothing(opened):
+    ledger = opened(n_trials=20, max_failures=2)
+    ledger.study.set_user_attr("doubts", ["width 3 does not go with it"])
+    for _ in range(6):
+        end(
+            ledger, ask(ledger), state=TrialState.FAIL, status="failed", error="ValueError: width 5 does not go with it"
+        )
+    assert ledger.failure(datetime.min) is None
+    for _ in range(3):
+        end(ledger, ask(ledger), state=TrialState.FAIL, status="failed", error="another")
+    assert "3 trials failed" in ledger.failure(datetime.min)
+
+
+def test_confirm_takes_the_control_of_the_same_widths_and_says_where_there_is_none(opened, capsys):
+    ledger = opened(n_trials=6)
+    ledger.study.set_user_attr("description", {"control": json.dumps(CONTROLS)})
+    ledger.enqueue(CONTROLS, control=True)
+    for bits in (2, 3, 4):
+        asked = ask(ledger)
+        diverged = bits != 3
+        end(ledger, asked, 0.5, status="diverged" if diverged else "completed")
+    best = SimpleNamespace(number=9, user_attrs={"setting": {"bits": 2, "strength": 1.0}})
+    assert cli._controls_of(ledger, [best]) == []
+    assert "trial 9 has no completed control" in capsys.readouterr().err
+    best.user_attrs["setting"]["bits"] = 3
+    assert [trial.number for trial in cli._controls_of(ledger, [best])] == [1]
+
+
 def test_diverged_trials_are_results_and_no_failures(opened):
     ledger = opened(n_trials=9, max_failures=0, max_failure_rate=0.0)
     end(ledger, ask(ledger))
@@ -692,17 +720,39 @@ def only(broken):
 @pytest.mark.parametrize(
     ("broken", "refused"),
     [
-        (lambda s: s["act"] == 8, "act=8 is in the search space, but it cannot be"),
-        (lambda s: s["weight"] == 1, "weight=1 is in the search space, but it cannot be"),
         (lambda s: True, "it cannot be"),
         (lambda s: False, None),
         (lambda s: s["lr"] in (0.1, 10.0), None),  # the very ends are hardly ever drawn
     ],
-    ids=["one value", "another", "whatever is searched", "nothing", "an end"],
+    ids=["whatever is searched", "nothing", "an end"],
 )
-def test_rehearsal_refuses_values_that_never_work_and_blames_no_others(broken, refused):
+def test_rehearsal_of_a_wide_space_refuses_it_only_if_nothing_works(broken, refused):
     found = rehearse(WIDE, [], only(broken))
     assert found.refused == refused and not found.doubtful
+
+
+def test_rehearsal_refuses_values_that_never_work_and_blames_no_others():
+    narrow = {key: WIDE[key] for key in ("quantizer", "weight", "act")}
+    assert (
+        rehearse(narrow, [], only(lambda s: s["act"] == 8)).refused == "act=8 is in the search space, but it cannot be"
+    )
+    found = rehearse(narrow, [], only(lambda s: s["weight"] == 1))
+    assert found.refused == "weight=1 is in the search space, but it cannot be"
+    # With so many others a value is not known to work with none.
+    assert rehearse(WIDE, [], only(lambda s: s["act"] == 8)).doubtful
+
+
+@pytest.mark.parametrize("order", [[1, 2], [2, 1]])
+def test_rehearsal_doubts_a_combination_in_whatever_order_its_values_are_written(order):
+    space = {"quantizer": WIDE["quantizer"], "weight": CategoricalDistribution(order)}
+    found = rehearse(space, [], only(lambda s: s == {"quantizer": "lsq", "weight": 1}))
+    assert found.refused is None and found.doubtful == [("quantizer=lsq weight=1", "it cannot be")]
+
+
+def test_rehearsal_tries_what_lies_within_a_range():
+    space = {"quantizer": WIDE["quantizer"], "bits": IntDistribution(1, 4)}
+    found = rehearse(space, [], only(lambda s: s["quantizer"] == "sign" and s["bits"] != 2))
+    assert found.refused is None and len(found.doubtful) == 3
 
 
 def test_rehearsal_doubts_values_that_do_not_go_together_however_many_others_there_are():

@@ -127,11 +127,19 @@ def _folder(given: argparse.Namespace) -> Path:
 
 def _controls_of(ledger: Ledger, chosen: list[optuna.trial.FrozenTrial]) -> list[optuna.trial.FrozenTrial]:
     """The arm without regularization beside each chosen trial: what it gained cannot be told without."""
-    controls = [trial for trial in ledger.trials() if is_control(trial) and run_of(trial).get("status") == "completed"]
-    settings = [trial.user_attrs["setting"] for trial in controls]
-    over = [key for key in (settings[0] if settings else ()) if len({str(setting[key]) for setting in settings}) > 1]
-    wanted = [[trial.user_attrs["setting"].get(key) for key in over] for trial in chosen]
-    return [trial for trial in controls if [trial.user_attrs["setting"][key] for key in over] in wanted]
+    settings = json.loads(ledger.attrs.get("description", {}).get("control", "[]"))
+    if not settings:
+        return []
+    over = [key for key in settings[0] if len({str(setting.get(key)) for setting in settings}) > 1]
+    done = [t for t in ledger.trials() if is_control(t) and run_of(t).get("status") == "completed"]
+    found = []
+    for trial in chosen:
+        wanted = [trial.user_attrs["setting"].get(key) for key in over]
+        mine = [one for one in done if [one.user_attrs["setting"].get(key) for key in over] == wanted]
+        if not mine:
+            print(f"trial {trial.number} has no completed control to stand beside it", file=sys.stderr)
+        found += [one for one in mine if one not in found]
+    return found
 
 
 def _distinct(trials: list[optuna.trial.FrozenTrial]) -> list[optuna.trial.FrozenTrial]:

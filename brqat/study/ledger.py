@@ -136,6 +136,7 @@ class Ledger:
             assert trial.number == number, "another process asks without the study's lock"
             if lease := dict(trial.user_attrs.get("lease", {})):  # of its last owner, and from here on nobody's
                 lease.pop("reason", None)
+                check()
                 trial.set_user_attr("lease", lease | {"token": ""})
             setting = trial.user_attrs.get("setting")
             if setting is None:
@@ -249,20 +250,21 @@ class Ledger:
         """Why the study should stop, judged by what ended after `since`; None if it should not."""
         ended = [t for t in self.trials() if t.state.is_finished() and t.datetime_complete >= since]
         bad = [t for t in ended if run_of(t).get("status") in ("failed", "diverged")]
+        # A combination that was warned of when the study began says nothing of the others.
+        expected = {_kind(why) for why in self.attrs.get("doubts", [])}
+        bad = [t for t in bad if _kind(run_of(t).get("error", "")) not in expected]
         failed = [t for t in bad if t.state == TrialState.FAIL]
         if len(failed) > self.rules.max_failures:
             return f"{len(failed)} trials failed, more than hydra.sweeper.max_failures={self.rules.max_failures}"
         if len(failed) > self.rules.max_failure_rate * max(len(ended), SAME_FAILURES):
             rate = self.rules.max_failure_rate
             return f"{len(failed)} of {len(ended)} trials failed, more than hydra.sweeper.max_failure_rate={rate}"
-        # A combination that was warned of when the study began says nothing of the others.
-        expected = {_kind(why) for why in self.attrs.get("doubts", [])}
         # The arm without regularization may work where nothing else does.
         searched = [t for t in ended if not is_control(t)]
         failed = [t for t in failed if not is_control(t)]
         for ones, broken, which in ((ended, bad, "trial"), (searched, failed, "trial but the controls")):
             kinds = {_kind(run_of(t).get("error", "")) for t in broken}
-            if len(broken) == len(ones) >= SAME_FAILURES and len(kinds) == 1 and not kinds & expected:
+            if len(broken) == len(ones) >= SAME_FAILURES and len(kinds) == 1:
                 said = run_of(broken[-1]).get("error")
                 return f"every {which} fails the same way, {len(broken)} of {len(ones)}: {said}"
         return None

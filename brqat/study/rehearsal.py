@@ -11,6 +11,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from brqat.study.space import overrides_of
 
 MOST = 32  # settings that are tried out, and surroundings of a value
+FEW = 8  # whole numbers of a range that are all tried
 NEAR = 0.01  # how far inside of a range of real numbers its ends are tried: the very end is hardly ever drawn
 
 
@@ -24,50 +25,50 @@ def rehearse(
     controls: Sequence[Mapping[str, Any]],
     why_not: Callable[[Mapping[str, Any]], str | None],
 ) -> Rehearsal:
-    """Tries out the controls, and settings in which every choice and both sides of every range appear.
+    """Tries out the controls and settings of the space, as many as MOST.
 
-    A value is refused if it cannot be with any of the others; one that does not go with some is doubtful, since the
-    rest of the space may be worth its trials. why_not: why a setting cannot be; None if it can.
+    A value is refused if it cannot be with any of the others, all of which were tried; one that does not go with some
+    is doubtful, since the rest of the space may be worth its trials. why_not: why a setting cannot be; None if it can.
     """
-    doubtful = []
+    tried = [(setting, why_not(setting)) for setting in probes(distributions)]
+    if tried and all(why for _, why in tried):  # not a value's fault: data that are missing, or all of them
+        return Rehearsal(tried[0][1], [])
     said = [why_not(control) for control in controls]
     if said and all(said):
         return Rehearsal(f"{' '.join(overrides_of(controls[0]))} is the control, but {said[0]}", [])
-    doubtful += [(" ".join(overrides_of(control)), why) for control, why in zip(controls, said, strict=True) if why]
     values = _tried(distributions)
-    for setting in probes(distributions):
-        why = why_not(setting)
+    doubtful = [(control, why) for control, why in zip(controls, said, strict=True) if why]
+    for setting, why in tried:
         if why is None:
             continue
-        never = [key for key in setting if _never(key, setting[key], values, why_not)]
-        # Where another value does no better, it is not the value's fault.
-        blamed = {
-            key: setting[key] for key in never if not all(_never(key, other, values, why_not) for other in values[key])
-        }
-        if blamed:
-            return Rehearsal(f"{' '.join(overrides_of(blamed))} is in the search space, but {why}", [])
+        never = {key: value for key, value in setting.items() if _never(key, value, values, why_not)}
         if never:
-            return Rehearsal(why, [])
-        doubtful.append((" ".join(overrides_of(setting)), why))
-    return Rehearsal(None, doubtful)
+            return Rehearsal(f"{' '.join(overrides_of(never))} is in the search space, but {why}", [])
+        doubtful.append((setting, why))
+    return Rehearsal(None, [(" ".join(overrides_of(setting)), why) for setting, why in doubtful])
 
 
 def probes(distributions: Mapping[str, BaseDistribution]) -> list[dict[str, Any]]:
-    """A few settings in which every choice, and both sides of every range, appears."""
+    """Settings over every choice, and values within every range: all of them, or MOST in which each value appears."""
     values = _tried(distributions)
-    most = min(max(map(len, values.values()), default=0), MOST)
-    return [{key: row[index % len(row)] for key, row in values.items()} for index in range(most)]
+    if not values:
+        return []
+    if math.prod(map(len, values.values())) <= MOST:
+        return list(_product(values))
+    longest = max(map(len, values.values()))
+    found = [{key: row[index % len(row)] for key, row in values.items()} for index in range(longest)]
+    draw = random.Random(0)
+    while len(found) < MOST:
+        found.append({key: draw.choice(row) for key, row in values.items()})
+    return found
 
 
 def _never(key: str, value: Any, values: Mapping[str, list], why_not: Callable) -> bool:
     """Whether a value cannot be, whatever the others. False where they are too many to try all."""
     others = {name: row for name, row in values.items() if name != key}
-    if math.prod(map(len, others.values())) <= MOST:
-        return all(why_not({key: value, **rest}) for rest in _product(others))
-    draw = random.Random(0)
-    rows = ({name: draw.choice(row) for name, row in others.items()} for _ in range(MOST))
-    # Having seen it fail only is no proof, but one that varies all others at once is close to it.
-    return all(why_not({key: value, **rest}) for rest in rows)
+    if math.prod(map(len, others.values())) > MOST:
+        return False
+    return all(why_not({key: value, **rest}) for rest in _product(others))
 
 
 def _product(values: Mapping[str, list]) -> Iterator[dict[str, Any]]:
@@ -76,20 +77,23 @@ def _product(values: Mapping[str, list]) -> Iterator[dict[str, Any]]:
 
 
 def _tried(distributions: Mapping[str, BaseDistribution]) -> dict[str, list]:
+    """Of each key every choice, or values from its range: both sides and the middle, or all whole numbers if few."""
     found = {}
-    for key, distribution in distributions.items():
-        if isinstance(distribution, CategoricalDistribution):
-            found[key] = list(distribution.choices)
-        elif isinstance(distribution, FloatDistribution) and distribution.step is None:
-            found[key] = list(dict.fromkeys(_inside(distribution)))
+    for key, range_ in distributions.items():
+        if isinstance(range_, CategoricalDistribution):
+            found[key] = list(range_.choices)
+        elif isinstance(range_, FloatDistribution) and range_.step is None:
+            found[key] = list(dict.fromkeys(_inside(range_)))
         else:
-            found[key] = list(dict.fromkeys([distribution.low, distribution.high]))
+            steps = round((range_.high - range_.low) / (range_.step or 1))
+            every = [range_.low + number * (range_.step or 1) for number in range(steps + 1)]
+            found[key] = every if len(every) <= FEW else [every[0], every[len(every) // 2], every[-1]]
     return found
 
 
-def _inside(range_: FloatDistribution) -> tuple[float, float]:
-    """Two values near the ends, on the axis that the range is drawn from."""
+def _inside(range_: FloatDistribution) -> list[float]:
+    """Values near the ends and in the middle, on the axis that the range is drawn from."""
     if range_.log:
         low, high = math.log(range_.low), math.log(range_.high)
-        return math.exp(low + NEAR * (high - low)), math.exp(high - NEAR * (high - low))
-    return range_.low + NEAR * (range_.high - range_.low), range_.high - NEAR * (range_.high - range_.low)
+        return [math.exp(low + share * (high - low)) for share in (NEAR, 0.5, 1 - NEAR)]
+    return [range_.low + share * (range_.high - range_.low) for share in (NEAR, 0.5, 1 - NEAR)]

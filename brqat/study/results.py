@@ -132,8 +132,9 @@ def command(folder: Path, name: str) -> str:
 
 
 def came_to_nothing(ledger: Ledger) -> bool:
-    """Whether all that was searched has failed or diverged."""
-    searched = [trial for trial in ledger.trials() if not is_control(trial)]
+    """Whether all that was searched has failed or diverged; where nothing was yet, all controls."""
+    trials = ledger.trials()
+    searched = [trial for trial in trials if not is_control(trial)] or trials
     return bool(searched) and all(run_of(trial).get("status") in ("failed", "diverged") for trial in searched)
 
 

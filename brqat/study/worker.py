@@ -85,9 +85,9 @@ class Worker:
                 self._say_ended()
                 with self.ledger.storage.exclusive():
                     results.write(self.ledger, self.folder)
-        log.info("%s", results.verdict(self.ledger, self.folder))
-        if results.came_to_nothing(self.ledger):
-            raise SystemExit(1)
+            log.info("%s", results.verdict(self.ledger, self.folder))
+            if results.came_to_nothing(self.ledger):
+                raise SystemExit(1)
 
     # ---- before the first trial
 
@@ -176,7 +176,7 @@ class Worker:
             return []  # a custom_search_space draws what it likes
         try:
             # Jobs of a cluster may see a disk that this machine does not.
-            check = get_method(self.sweeper.check)(with_data=self.on_this_machine)
+            check = get_method(self.sweeper.check)(with_data=self.on_this_machine, with_device=self.local)
         except Exception as error:
             raise ValueError(f"hydra.sweeper.check={self.sweeper.check} cannot be called: {error}") from error
         known: dict[tuple, str | None] = {}
@@ -189,7 +189,7 @@ class Worker:
 
         found = rehearse(self.space.distributions, self.space.controls, why_not)
         if found.refused:
-            raise ValueError(found.refused)
+            raise ValueError(f"{found.refused} (found by hydra.sweeper.check; null leaves it out)")
         for setting, why in found.doubtful:
             log.warning("trials such as %s will fail: %s", setting, why)
         return [why for _, why in found.doubtful]
@@ -349,6 +349,10 @@ class Worker:
             try:
                 returns = self._returns(batch)
                 errors = [job._return_value for job in returns if job.status == JobStatus.FAILED]
+            except HydraException as error:  # a setting that cannot be composed: no trial began
+                if len(batch) > 1:
+                    raise
+                self._fail(batch[0], error)
             except Exception as error:  # a job that never came back: killed, cancelled, its machine gone
                 errors, broken = [error], len(batch) > 1
             except BaseException:
@@ -398,6 +402,11 @@ class Worker:
         if isinstance(came[0], BaseException):
             raise came[0]
         return came[0]
+
+    def _fail(self, asked: Asked, error: Exception) -> None:
+        run = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        sampler = sampler_of(self.sweeper.sampler, asked.number)
+        self.ledger.tell(asked.number, asked.token, run, TrialState.FAIL, None, {}, sampler)
 
     def _not_started(self, batch: list[Asked]) -> list[Asked]:
         return [asked for asked in batch if not self.ledger.row(asked.number).user_attrs["lease"]["started"]]
