@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"brqat-report: {error}", file=sys.stderr)
         return 2
     studies, said = read_studies(found.studies, given.storage)
-    runs = runs._replace(problems=found.problems + runs.problems + said)
+    runs = runs._replace(problems=said + found.problems + runs.problems)
     try:
         _write(runs, keys, studies, out, with_figures=not given.no_figures)
     except OSError as error:
@@ -102,9 +102,10 @@ def _charts(table: pd.DataFrame, studies: list, out: Path) -> tuple[list[report.
             continue
         shown.append(report.Shown(plan.section, chart, [os.path.relpath(file, out) for file in files]))
     names = {Path(file).name for one in shown for file in one.files}
-    earlier = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
-    for name in set(earlier) - names - {""}:  # of a report before this one; what others put here stays
-        (listed.parent / name).unlink(missing_ok=True)
+    earlier = listed.read_text(encoding="utf-8", errors="replace").split("\n") if listed.is_file() else []
+    for name in set(earlier) - names:  # of a report before this one; what others put here stays
+        if name and Path(name).name == name:
+            (listed.parent / name).unlink(missing_ok=True)
     whole(listed, lambda file: file.write_text("\n".join(sorted(names)), encoding="utf-8"))
     return shown, absent
 

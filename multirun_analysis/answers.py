@@ -43,6 +43,8 @@ def best_of(table: pd.DataFrame, bits: str, regularized: bool = False) -> int | 
         rows = rows[~rows["is_control"].astype(bool)]
     several = rows[rows["val_acc_n"] > 1]
     rows = several if len(several) else rows
+    if regularized:  # of equal ones the strongest: it shows what regularization does
+        rows = rows.sort_values(["lambda_br", "lambda_br_act"], ascending=False, kind="stable")
     return int(rows["val_acc_mean"].astype(float).idxmax())
 
 
@@ -58,6 +60,8 @@ def answers(table: pd.DataFrame) -> list[Answer]:
     found = []
     done = table[table["val_acc_n"] > 0] if len(table) else table
     keys = [key for key in table if key.startswith("config.") and done[key].nunique(dropna=False) > 1]
+    if not keys and len(table) > 1:  # the others came to nothing, and this one is known by what they differ in
+        keys = [key for key in table if key.startswith("config.")]
     for bits in widths(table):
         place = best_of(table, bits)
         if place is None:
@@ -84,7 +88,9 @@ def _how_sure(row: dict, of_width: pd.DataFrame) -> list[str]:
         words.append(f"Over {test.n} seeds, 95 % interval of the mean {_interval(test, 'test_acc')}.")
     if gap.n:
         words.append(f"{_signed(gap, 'gap')} points against the float network of the same seeds.")
-    if row["is_control"]:
+    if not is_number(row["lambda_br"]) or not is_number(row["lambda_br_act"]):
+        words.append("Its runs differ in lambda: there is no lambda=0 arm to compare such a mixture with.")
+    elif row["is_control"]:
         words.append(_against_regularized(row, of_width))
     elif difference.n > 1:
         verdict = _verdict(difference)
@@ -120,23 +126,23 @@ def _against_regularized(row: dict, of_width: pd.DataFrame) -> str:
     return "That is the arm without regularization: by validation, no regularized setting was better."
 
 
-def levels_words(before: dict[str, float], after: dict[str, float], control: dict[str, float] | None) -> str:
-    """What BR did to the levels of weights, in a sentence, from mean figures over sites and seeds.
+def levels_words(
+    setting: str, before: dict[str, float], after: dict[str, float], control: dict[str, float] | None
+) -> str:
+    """What BR did to the levels of weights, in a sentence, from mean figures over layers and seeds.
 
-    before, after: at the end of warmup and at the end, of the best regularized setting; control: at the end.
+    before, after: at the end of warmup and at the end, of the setting; control: at the end.
     """
     beside = f" ({control['effectiveness']:.1f} under lambda 0)" if control else ""
     words = [
         f"effectiveness {before['effectiveness']:.1f} after warmup, {after['effectiveness']:.1f} at the end{beside}"
     ]
     if "oscillation_share" in after:
-        words.append(f"{100 * after['oscillation_share']:.1f} % of them oscillate at the end")
-    if "alpha_drift" in after:
-        drift = after["alpha_drift"]
-        words.append(
-            "step sizes stood still" if drift == 0 else f"step sizes moved by {100 * math.expm1(drift):+.1f} %"
-        )
-    return f"Weights of the best regularized setting: {', '.join(words)}."
+        words.append(f"{100 * after['oscillation_share']:.1f} % oscillate at the end")
+    if "alpha_path" in after:
+        path = 100 * math.expm1(after["alpha_path"])
+        words.append("step sizes stood still" if path == 0 else f"step sizes moved by {path:.1f} % to and fro")
+    return f"Weights of the best regularized setting ({setting}), on average over layers: {', '.join(words)}."
 
 
 def _verdict(difference: Estimate) -> str:
@@ -154,6 +160,8 @@ def _runner_up(row: dict, of_width: pd.DataFrame) -> str:
     means, best = eligible["val_acc_mean"].astype(float), row["val_acc_mean"]
     passed = len(of_width) - len(eligible)
     over = f" ({passed} with one seed only left out)" if passed else ""
+    if len(means) == 1:
+        return f"Chosen as the only one with several seeds; {passed} with one seed left out."
     chosen = f"Chosen by validation among {len(means)} settings{over}"
     ties = int((means == best).sum()) - 1
     if ties:
@@ -180,7 +188,9 @@ def missing(runs: Runs, table: pd.DataFrame, studies: Sequence[Study]) -> list[s
         if few:
             found.append(f"{few} settings have fewer than {ENOUGH_SEEDS} seeds: their intervals are very wide.")
         without = done[~done["is_control"].astype(bool) & done["control"].isna()]
-        if table["is_control"].any() and not done["is_control"].any():
+        if not done["lambda_br"].map(is_number).all() or not done["lambda_br_act"].map(is_number).all():
+            pass  # settings that average over lambda are compared with nothing, and their answers say so
+        elif table["is_control"].any() and not done["is_control"].any():
             found.append("The lambda=0 arm has no completed run.")
         elif not done["is_control"].any():
             found.append(
@@ -206,8 +216,8 @@ def missing(runs: Runs, table: pd.DataFrame, studies: Sequence[Study]) -> list[s
     named = {name for name in runs.frame.get("study_name", pd.Series(dtype=object)).dropna()}
     for name in sorted(named - {study.name for study in studies}):
         found.append(
-            f"The storage of study {name} was not found below the paths, and nothing of Optuna's is shown. If it is "
-            "a database: --storage postgresql://USER@HOST/DATABASE."
+            f"The storage of study {name} was not found below the paths or not read: nothing of Optuna's is shown. If it "
+            "is a database: --storage postgresql://USER@HOST/DATABASE."
         )
     return found
 

@@ -141,7 +141,7 @@ class _Cache:
     FILES = (CONFIG, SUMMARY, *map(Path, LINE_KEYS))
 
     def __init__(self, file: Path | None):
-        self.since_commit = 0
+        self.since_commit, self.keeps = 0, True
         self.rows = sqlite3.connect(":memory:")
         if file is not None:
             try:
@@ -150,9 +150,10 @@ class _Cache:
             except sqlite3.OperationalError:  # locked by another call, or a disk that takes nothing
                 pass
             except sqlite3.DatabaseError:
-                file.unlink()
-                self.rows = self._open(file)
-                return
+                with suppress(OSError, sqlite3.Error):
+                    file.unlink()
+                    self.rows = self._open(file)
+                    return
         self._create(self.rows)
 
     def _open(self, file: Path) -> sqlite3.Connection:
@@ -160,10 +161,10 @@ class _Cache:
         try:
             rows.execute("BEGIN IMMEDIATE")  # two calls may meet a new file at once
             rows.execute("CREATE TABLE IF NOT EXISTS version (hash TEXT)")
-            if rows.execute("SELECT hash FROM version").fetchall() != [(self._version(),)]:
+            tables = {name for (name,) in rows.execute("SELECT name FROM sqlite_master")}
+            if "runs" not in tables or rows.execute("SELECT hash FROM version").fetchall() != [(self._version(),)]:
                 self._create(rows)
             rows.execute("COMMIT")
-            rows.execute("SELECT count(*) FROM runs WHERE stamp = ''").fetchone()  # a table that is there
         except sqlite3.DatabaseError:
             rows.close()
             raise
@@ -189,7 +190,7 @@ class _Cache:
         except (sqlite3.Error, ValueError):  # damaged on the way; reading the run is always right
             pass
         row, problems = read_run(folder)
-        if stamp == self._stamp(folder):  # else it was written while we read
+        if self.keeps and stamp == self._stamp(folder):  # else it was written while we read
             self._keep((key, stamp, json.dumps(row), json.dumps(problems)))
         return row, problems
 
@@ -199,8 +200,10 @@ class _Cache:
             self.since_commit += 1
             if self.since_commit % COMMIT_EVERY == 0:
                 self.rows.commit()
-        except sqlite3.Error:
-            pass
+        except sqlite3.Error:  # a lock that another call holds, a full disk: nothing more is kept
+            with suppress(sqlite3.Error):
+                self.rows.rollback()
+            self.keeps = False
 
     def _stamp(self, folder: Path) -> str:
         stamps = []
@@ -325,7 +328,7 @@ def flatten(tree: dict, null: object = None, prefix: str = "") -> dict:
         if isinstance(value, dict) and value:
             flat |= flatten(value, null, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = null if value is None else _plain(value)
+            flat[printable(f"{prefix}{key}")] = null if value is None else _plain(value)
     return flat
 
 
@@ -379,4 +382,4 @@ def gathered(problems: list[str], most: int = 100) -> list[str]:
     many = {name for name, count in lacking.items() if count > 3}
     rest = [p for p in problems if not (p.endswith(": missing") and Path(p.removesuffix(": missing")).name in many)]
     found = [f"{name}: missing in {lacking[name]} runs" for name in sorted(many)] + rest
-    return found if len(found) <= most else [*found[:most], f"and {len(found) - most} more problems of the same kinds"]
+    return found if len(found) <= most else [*found[:most], f"and {len(found) - most} more"]

@@ -59,7 +59,8 @@ def accuracy_against_lambda(table: pd.DataFrame) -> Chart:
         if place is not None and of_width:
             top = table.loc[place]
             said = text_of(estimate_in(top.to_dict(), "test_acc"), "test_acc", with_interval=False)
-            best.append(f"{bits}: {said} at lambda_br {show(top['lambda_br'])}, which validation prefers")
+            at = " and ".join(f"{name} {show(top[name])}" for name in names)
+            best.append(f"{bits}: {said} at {at}, which validation prefers")
     return Chart(
         "accuracy_against_lambda",
         "Does regularization help? Test accuracy against lambda, 0 at the left; bars are 95 % intervals over seeds",
@@ -71,7 +72,9 @@ def accuracy_against_lambda(table: pd.DataFrame) -> Chart:
 
 def _ratio(left: object, right: object) -> float | None:
     """Of two strengths; None where it is not known."""
-    return round(right / left, 9) if is_number(left) and is_number(right) and left > 0 else None
+    if not is_number(left) or not is_number(right) or left == right == 0:
+        return None
+    return round(right / left, 9) if left > 0 else math.inf
 
 
 def _against(name: str, bits: str, rows: list[dict], lost: int, joined: bool) -> Panel:
@@ -118,7 +121,7 @@ def _setting(row: dict) -> str:
 
 def pareto(table: pd.DataFrame) -> Chart:
     """Test accuracy against what a network costs: bytes of its weights, and bit operations of a forward pass."""
-    panels, said = [], []
+    panels, said, left_out = [], [], False
     for name, label in (("weight_bytes", "weights (bytes)"), ("bops", "bit operations per picture (BOPs)")):
         rows = [row for row in table.to_dict("records") if row["test_acc_n"] > 0 and is_number(row[name])]
         if len({row[name] for row in rows}) < 2:
@@ -129,20 +132,29 @@ def pareto(table: pd.DataFrame) -> Chart:
             series.append(_points(bits, [row[name] for row in mine], mine, "points", place))
         # Settings with one seed are shown and make no front where others have several: the highest would be luck.
         several = [row for row in rows if row["test_acc_n"] > 1] or rows
-        best = [several[place] for place in front([(row[name], row["test_acc_mean"]) for row in several])]
-        x, y = [row[name] for row in best], [100 * row["test_acc_mean"] for row in best]
-        series.insert(0, Series("nothing smaller is better", x, y, "line", REST))
+        left_out |= len(several) < len(rows)
+        for data in dict.fromkeys(_data_set(row) for row in several):  # no data set beats another
+            mine = [row for row in several if _data_set(row) == data]
+            best = [mine[place] for place in front([(row[name], row["test_acc_mean"]) for row in mine])]
+            x, y = [row[name] for row in best], [100 * row["test_acc_mean"] for row in best]
+            series.insert(0, Series("front", x, y, "line", REST))
+            points = zip(y, best, x, strict=True)
+            listed = ", ".join(f"{a:.1f} % (n={row['test_acc_n']}) at {b:,.0f}" for a, row, b in points)
+            said.append(f"{name}{f' on {data}' if data else ''}: {listed}")
         panels.append(Panel(f"Test accuracy against {name}", label, "test accuracy (%)", series, log_x=True))
-        ns = [row["test_acc_n"] for row in best]
-        said.append(f"{name}: " + ", ".join(f"{a:.1f} % (n={n}) at {b:,.0f}" for a, n, b in zip(y, ns, x, strict=True)))
     if not panels:
         raise NoChart("all completed settings cost the same: there is no front")
+    which = ", among those with several seeds" if left_out else ""
     return Chart(
         "pareto",
-        "What does accuracy cost? The grey line joins settings that no smaller one beats",
-        "Settings on the Pareto front. " + "; ".join(said) + ".",
+        f"What does accuracy cost? The grey front joins settings that no smaller one beats{which}",
+        f"Settings on the Pareto front{which}. {'; '.join(said)}.",
         panels,
     )
+
+
+def _data_set(row: dict) -> str:
+    return row["bits"].partition(" on ")[2] if row["bits"] else ""
 
 
 # ---- the course of runs
@@ -506,4 +518,5 @@ def _known(value: object) -> bool:
 
 def safe(name: str) -> str:
     """A name as part of a file's."""
-    return "".join(character if character.isalnum() or character in "-_" else "_" for character in name)[:80]
+    kept = (letter if letter.isascii() and (letter.isalnum() or letter in "-_") else "_" for letter in name)
+    return "".join(kept)[:80]

@@ -37,7 +37,14 @@ class Planned(NamedTuple):
 
 
 def planned(table: pd.DataFrame, studies: Sequence[Study]) -> Iterator[Planned]:
-    """All charts, in the order of the page."""
+    """All charts, in the order of the page, each under a name of its own."""
+    names: dict[str, int] = {}
+    for plan in _planned(table, studies):
+        again = names[plan.name] = names.get(plan.name, 0) + 1
+        yield plan if again == 1 else plan._replace(name=f"{plan.name}_again{again}")
+
+
+def _planned(table: pd.DataFrame, studies: Sequence[Study]) -> Iterator[Planned]:
     yield Planned("Accuracy", "accuracy_against_lambda", partial(plots.accuracy_against_lambda, table))
     yield Planned("Accuracy", "pareto", partial(plots.pareto, table))
     for bits in widths(table):
@@ -76,7 +83,8 @@ def what_br_did(table: pd.DataFrame) -> dict[str, str]:
     for bits in widths(table):
         best = best_of(table, bits, regularized=True)
         row = {} if best is None else table.loc[best].to_dict()
-        if not row or row["is_control"] or not row["paths"] or not is_number(row["weight_bits"]):
+        known = row and all(is_number(row[key]) for key in ("weight_bits", "lambda_br", "lambda_br_act"))
+        if not known or row["is_control"] or not row["paths"]:
             continue
         folders = [Path(path) for path in row["paths"]]
         warmup = plots.warmup_epochs(folders[0])
@@ -87,7 +95,8 @@ def what_br_did(table: pd.DataFrame) -> dict[str, str]:
             paths = [Path(path) for path in table.loc[row["control"], "paths"]]
             control = plots.levels_at(paths, "weight", row["weight_bits"])
         if "effectiveness" in before and "effectiveness" in after:
-            found[bits] = levels_words(before, after, control if "effectiveness" in control else None)
+            beside = control if "effectiveness" in control else None
+            found[bits] = levels_words(_strength(row), before, after, beside)
     return found
 
 

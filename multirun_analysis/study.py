@@ -43,14 +43,24 @@ def read_studies(files: Iterable[Path], address: str | None = None) -> tuple[lis
             found += _studies_in(where)
         except Exception as error:  # a database says anything at all; a report must not end with it
             said = (str(error).splitlines() or [""])[0]
-            shown = _without_password(str(where))
-            said = said.replace(str(where), shown)
-            problems.append(f"{shown}: no study could be read ({type(error).__name__}: {said})")
+            password = _password(str(where))
+            for part in filter(None, re.split("[@:/?]", password)):  # a driver may have cut it there
+                said = said.replace(part, "***")
+            said = f"{where}: no study could be read ({type(error).__name__}: {said})"
+            problems.append(_without_password(said))
     return found, problems
 
 
-def _without_password(where: str) -> str:
-    return re.sub(r"//([^/:@]*):[^@]*@", r"//\1:***@", where)
+def _password(where: str) -> str:
+    """What an address has for one, so that no message repeats a part of it."""
+    found = re.search(r":/{1,3}[^/:@\s]*:(\S*)@", where)
+    return found[1] if found else ""
+
+
+def _without_password(text: str) -> str:
+    """Whatever stands between a user's name and the last @ of a word, and what a query calls password."""
+    text = re.sub(r"(:/{1,3}[^/:@\s]*):\S*@", r"\1:***@", text)
+    return re.sub(r"(password=)[^&\s]*", r"\1***", text, flags=re.IGNORECASE)
 
 
 def _studies_in(where: Path | str) -> list[Study]:
@@ -67,7 +77,8 @@ def _studies_in(where: Path | str) -> list[Study]:
         address = f"file:{quote(str(where.absolute()))}?mode=ro"
         connect = partial(sqlite3.connect, address, uri=True, check_same_thread=False)
         storage = RDBStorage("sqlite://", engine_kwargs={"creator": connect})
-    return [_read(optuna.Study(one.study_name, storage), where) for one in storage.get_all_studies()]
+    shown = where if isinstance(where, Path) else _without_password(where)
+    return [_read(optuna.Study(one.study_name, storage), shown) for one in storage.get_all_studies()]
 
 
 def _read(study, where: Path | str) -> Study:

@@ -27,6 +27,8 @@ from .stats import (
 from .stats import settings as settings_of
 
 IN_PERCENT = ("test_acc", "val_acc", "float_test_acc", "gap", "difference")  # fractions in the files
+# What tells one data set from another.
+DATA = ("config.dataset._target_", "config.dataset.name", "config.dataset.root")
 FOLDED = "config.alpha_policy"  # as it is typed
 WITH_INTERVAL = ("test_acc", "difference")  # in the table; the others have theirs in the frame
 HEADS = {
@@ -61,17 +63,20 @@ def settings_table(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     the row of the same settings without regularization.
     """
     found = settings_of(frame, keys)
-    data = [key for key in keys if key.startswith("config.dataset.") and not key.endswith(("augment", "pad"))]
+    data = [key for key in DATA if key in keys]
+    # Where settings average over other keys, their mixes differ, and so would what a difference is between.
+    compared_with = comparisons(found, keys) if set(varying(frame)) <= set(keys) else [None] * len(found)
     rows = []
-    for setting, compared in zip(found, comparisons(found, keys), strict=True):
+    for setting, compared in zip(found, compared_with, strict=True):
         row = dict(zip(keys, setting.values, strict=True))
         row["bits"], row["policy"] = _width(bits_of(setting), [row[key] for key in data]), policy_of(setting)
         for name in ("weight_bits", "act_bits", "weight_bytes", "bops"):
             row[name] = _the_only(run[name] for run in setting.runs)
         for name in LAMBDAS:
             row[name] = _the_only(strength(run, name) for run in setting.runs)
-        done = sorted(setting.counted, key=lambda run: _numbers_first(run.get(SEED)))
-        row["seeds"] = [run[SEED] for run in done if run.get(SEED) is not None]
+        with_figures = [run for run in setting.counted if is_number(run["test_acc"]) or is_number(run["val_acc"])]
+        done = sorted(with_figures, key=lambda run: _numbers_first(run.get(SEED)))
+        row["seeds"] = list(dict.fromkeys(run[SEED] for run in done if isinstance(run.get(SEED), int)))
         row["paths"] = [run["path"] for run in done]
         for name, values in figures_of(setting.counted).items():
             row |= _columns(name, estimate(values))
@@ -87,8 +92,9 @@ def _width(bits: str | None, data: Sequence[object]) -> str | None:
     """What settings compete within: a bit-width and, where the runs have several, a data set."""
     if bits is None or not data:
         return bits
-    # brqat.dataset.digits.load is the digits
+    # brqat.dataset.digits.load is the digits; what a data set does not have says nothing of it
     names = [show(value).removeprefix("brqat.dataset.").removesuffix(".load") for value in data]
+    names = [name for name in names if name not in ("-", "null")]
     return f"{bits} on {', '.join(names)}"
 
 

@@ -18,6 +18,7 @@ from run_folders import write_run
 from multirun_analysis import load, plots, stats, study, tables
 from multirun_analysis.__main__ import main
 from multirun_analysis.answers import answers, best_of, missing
+from multirun_analysis.report import what_br_did
 
 BITS, LAMBDAS, FEW, SEEDS = (2, 3, 4), (0, 0.1, 1.0, 10.0), ("frozen", "learnable"), (0, 1, 2)
 
@@ -333,6 +334,45 @@ def test_answer_says_what_the_regularizer_did_to_the_levels(page, sweep):
         f"effectiveness {mean(best['paths'], 2):.1f} after warmup, {mean(best['paths'], 6):.1f} at the end "
         f"({mean(control, 6):.1f} under lambda 0)" in page.text
     )
+    assert f"best regularized setting (lambda {best['lambda_br']:g}), on average over layers: " in page.text
+
+
+def test_settings_that_average_over_lambda_are_compared_with_nothing(sweep):
+    frame = load.load_runs(load.find([sweep]).runs).frame
+    table = tables.settings_table(frame, stats.keys_of(frame, ["quantizer.bits"]))
+    assert not table["difference_n"].any() and list(table["seeds"]) == [[0, 1, 2]] * 3
+    said = " ".join(map(str, answers(table)))
+    assert said.count("Its runs differ in lambda") == 3 and not what_br_did(table)
+    assert "lambda=0" not in " ".join(missing(load.Runs(frame, []), table, []))
+
+
+def test_only_setting_that_completed_is_known_by_what_the_others_have(tmp_path):
+    write_run(tmp_path / "0", lambda_br=0, summary={})
+    write_run(tmp_path / "1", lambda_br=1.0, summary={"status": "diverged", "test_acc": None, "val_acc": None})
+    assert "regularizer.lambda_br=0" in words_of(tmp_path)[0]
+
+
+def test_front_is_one_of_each_data_set_and_says_whom_it_leaves_out(tmp_path):
+    for number, (name, bits, test) in enumerate((("digits", 2, 0.99), ("cifar10", 2, 0.5), ("cifar10", 4, 0.6))):
+        for seed in range(2):
+            dataset = {"_target_": f"brqat.dataset.{name}.load"}
+            write_run(tmp_path / f"{number}{seed}", bits=bits, seed=seed, summary={"test_acc": test}, dataset=dataset)
+    frame = load.load_runs(load.find([tmp_path]).runs).frame
+    chart = plots.pareto(tables.settings_table(frame, stats.keys_of(frame)))
+    fronts = [series.y for series in chart.panels[0].series if series.kind == "line"]
+    assert sorted(len(y) for y in fronts) == [1, 2] and "several seeds" not in chart.title
+    write_run(tmp_path / "one", bits=3, summary={"test_acc": 0.995}, dataset={"_target_": "brqat.dataset.digits.load"})
+    frame = load.load_runs(load.find([tmp_path]).runs).frame
+    assert "among those with several seeds" in plots.pareto(tables.settings_table(frame, stats.keys_of(frame))).title
+
+
+def test_setting_with_activations_regularized_alone_is_not_drawn_at_lambda_0_only(tmp_path):
+    for number, (weight, act) in enumerate(((0, 0), (0, 0.1), (1.0, 0.1))):
+        regularizer = {"_target_": "brqat.regularizer.binreg.BinReg", "lambda_br": weight, "lambda_br_act": act}
+        write_run(tmp_path / f"{number}", summary={}, regularizer=regularizer)
+    frame = load.load_runs(load.find([tmp_path]).runs).frame
+    chart = plots.accuracy_against_lambda(tables.settings_table(frame, stats.keys_of(frame)))
+    assert len(chart.panels) == 2
 
 
 def test_one_lucky_seed_does_not_beat_a_setting_with_several(tmp_path):
@@ -371,12 +411,22 @@ def test_study_under_a_folder_with_any_name_is_read_and_nothing_is_created(sweep
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a#b", "a%41b", "a?b"]
 
 
-def test_password_of_a_database_is_not_shown(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "address",
+    [
+        "postgresql://me:s3cret@127.0.0.1:1/none",
+        "postgresql://127.0.0.1:1/none?user=me&password=s3cret",
+        "postgresql:/me:s3cret@127.0.0.1:1/none",
+        "postgresql://me:a@s3cret@127.0.0.1:1/none",
+    ],
+)
+def test_password_of_a_database_is_not_shown(tmp_path, capsys, address):
     write_run(tmp_path / "0", summary={})
-    assert main([str(tmp_path), "--no-figures", "--storage", "postgresql://me:s3cret@127.0.0.1:1/none"]) == 0
+    assert main([str(tmp_path), "--no-figures", "--storage", address]) == 0
     printed, report = capsys.readouterr(), tmp_path / "report"
     written = "".join((report / name).read_text() for name in ("table.md", "table.tex", "index.html"))
-    assert "me:***@127.0.0.1" in written and "s3cret" not in written + printed.out + printed.err
+    assert "no study could be read" in written and "***" in written
+    assert "s3cret" not in written + printed.out + printed.err
 
 
 def test_studies_of_one_name_have_figures_of_their_own(sweep, tmp_path):
@@ -437,6 +487,7 @@ WEIRD = {
     "enormous integer": ("summary.json", '{"status": "completed", "test_acc": 1' + 400 * "0" + "}"),
     "integer beyond what Python reads": ("summary.json", '{"status": "completed", "test_acc": 1' + 5000 * "0" + "}"),
     "nested too deep": ("summary.json", 100_000 * "["),
+    "half a letter in a key": ("summary.json", '{"status": "completed", "test_acc": 0.5, "k\\ud800": 1}'),
     "lone surrogate": ("summary.json", '{"status": "completed", "test_acc": 0.5, "note": "\\ud800"}'),
     "nothing but null": ("summary.json", '{"status": null, "test_acc": null, "weight_bits": null}'),
     "list for a figure": ("summary.json", '{"status": "completed", "test_acc": [1], "seconds": {"a": 1}}'),
@@ -583,6 +634,8 @@ def test_filter_leaves_rows_that_have_all_words(shown):
     search.fill("frozen completed")
     assert shown.locator("[data-table=runs] tbody tr").count() == 36
     assert shown.locator("[data-table=runs] [role=status]").text_content() == "36 of 73"
+    search.fill("lambda_br=1")  # and neither 0.1 nor 10
+    assert shown.locator("[data-table=runs] tbody tr").count() == 18
     search.fill("quantizer.bits=2")  # as the answers name a setting
     assert shown.locator("[data-table=runs] tbody tr").count() == 25
     search.fill("nothing has this")

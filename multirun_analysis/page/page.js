@@ -26,6 +26,9 @@ const near = new IntersectionObserver(entries => {
 }, { rootMargin: "600px" });
 document.querySelectorAll(".panel").forEach(panel => near.observe(panel));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawn.forEach(panel => Plotly.relayout(panel, dressed())));
+document.querySelectorAll("details").forEach(one => one.addEventListener("toggle", () =>
+  one.querySelectorAll("[data-drawn]").forEach(panel => Plotly.Plots.resize(panel))));
+addEventListener("beforeprint", () => document.querySelectorAll("details").forEach(one => { one.open = true; }));
 addEventListener("beforeprint", () => near.takeRecords() && document.querySelectorAll(".panel:not([data-drawn])").forEach(panel => { near.unobserve(panel); draw(panel); }));
 
 // ---- tables: a cell is [text, what to sort by, link]
@@ -92,8 +95,12 @@ function table(place) {
 
   function show() {
     const found = sorted.filter(row => {
-      const text = row.map((cell, index) => `${head[index]}=${cell[0]}`).join(" ").toLowerCase();
-      return words.every(word => text.includes(word));
+      const cells = row.map(cell => cell[0].toLowerCase());
+      // key=value is the whole value of a column, by the end of its name; another word is a part of any cell
+      const has = word => word.includes("=")
+        ? cells.some((cell, index) => `.${head[index].toLowerCase()}=${cell}`.endsWith(`.${word}`))
+        : cells.some(cell => cell.includes(word));
+      return words.every(has);
     });
     body.replaceChildren(...found.slice(at, at + ROWS).map(row => element("tr", {}, ...row.map(([text, , link]) =>
       element("td", {}, link === undefined ? text : element("a", { href: link, textContent: text }))))));
