@@ -216,7 +216,7 @@ def missing(runs: Runs, table: pd.DataFrame, studies: Sequence[Study]) -> list[s
     named = {name for name in runs.frame.get("study_name", pd.Series(dtype=object)).dropna()}
     for name in sorted(named - {study.name for study in studies}):
         found.append(
-            f"The storage of study {name} was not found below the paths or not read: nothing of Optuna's is shown. If it "
+            f"The storage of study {name} was not found below the paths or not read: nothing of Optuna is shown. If it "
             "is a database: --storage postgresql://USER@HOST/DATABASE."
         )
     return found
