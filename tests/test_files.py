@@ -167,9 +167,13 @@ def stop(*_):
 
 signal.signal(signal.SIGALRM, stop)
 path, state = Path(sys.argv[1]), {f"weight{i}": torch.randn(3000) for i in range(60)}
-started = time.perf_counter()
-checkpoint.save(path, state)
-whole, stopped = time.perf_counter() - started, 0
+
+def seconds():
+    started = time.perf_counter()
+    checkpoint.save(path, state)
+    return time.perf_counter() - started
+
+whole, stopped = min(seconds() for _ in range(5)), 0  # the first save is slow: it imports
 for attempt in range(200):
     try:
         try:
