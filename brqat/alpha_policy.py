@@ -50,7 +50,11 @@ class AlphaPolicy:
 
     def seen_by_regularizer(self, site: Quantizer) -> Tensor:
         """The site's alpha where the regularizer may move it, else a detached one."""
-        return site.alpha if self.of[site.kind] == "backprop" else site.alpha.detach()
+        return site.alpha if self.moves_alpha(site) else site.alpha.detach()
+
+    def moves_alpha(self, site: Quantizer) -> bool:
+        """Whether the regularizer's gradient may reach the site's alpha."""
+        return self.of[site.kind] == "backprop"
 
     def optimizer(self, make: partial, model: nn.Module, sites: Iterable[Quantizer]) -> torch.optim.Optimizer:
         """The optimizer with alphas in a group of their own: their learning rate, and no weight decay."""

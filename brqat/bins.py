@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from brqat.grid import Grid
+from brqat.kernels import Bins
 
 
 class BinTable(NamedTuple):
@@ -41,6 +42,13 @@ def bin_table(v: Tensor, codes: Tensor, alpha: Tensor, grid: Grid, drop_clipped:
         u = as_float(v.detach()) / alpha.detach()
         index = torch.where((u < grid.qn) | (u > grid.qp), grid.num_levels, index)
     return BinTable(*_BinTable.apply(v, alpha, codes, index, grid.num_levels))
+
+
+def site_table(v: Tensor, codes: Tensor, alpha: Tensor, grid: Grid, bins: Bins) -> BinTable:
+    """bin_table as a regularizer asks for it; in steps its distances are v / alpha - c."""
+    if bins.in_steps:
+        v, alpha = as_float(v) / alpha, torch.ones_like(alpha)
+    return bin_table(v, codes, alpha, grid, bins.drop_clipped)
 
 
 def bin_index(codes: Tensor, grid: Grid) -> Tensor:

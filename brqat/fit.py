@@ -23,6 +23,7 @@ from brqat.layers import sites
 from brqat.levels import LevelHistory, alpha_gradients, histogram_arrays
 from brqat.metrics import aggregate
 from brqat.progress import progress
+from brqat.quantizer.base import Asked
 from brqat.regularizer.base import Regularizer
 from brqat.schedule import cosine_lr
 from brqat.tracking.files import RunFiles
@@ -374,9 +375,12 @@ class Fit:
         return next(self.model.parameters()).device
 
     def _record(self, regularized: bool) -> None:
-        """Weight sites always show their codes, for the oscillation; activation sites where they are regularized."""
+        """Weight sites always show their codes, for the oscillation; regularized ones what the regularizer reads."""
+        bins = self.regularizer.bins
         for site in self.sites.values():
-            site.recording = site.kind == "weight" or (regularized and self.regularizer.acts_on(site))
+            acts = regularized and self.regularizer.acts_on(site)
+            site.recording = site.kind == "weight" or (acts and bins is None)
+            site.asked = Asked(bins, self.policy.moves_alpha(site)) if acts and bins is not None else None
 
     def _until_stopped(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in batches:

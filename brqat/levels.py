@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from brqat.alpha_policy import KINDS, AlphaPolicy
 from brqat.bins import bin_index
 from brqat.metrics import histogram_edges, level_metrics, site_sums
-from brqat.quantizer.base import Quantizer, Seen
+from brqat.quantizer.base import Quantizer
 from brqat.regularizer.base import Regularizer
 
 STEP_FIGURES = ("flip_rate_step", "oscillation", "oscillation_share")  # of weights, followed at every step
@@ -111,7 +111,7 @@ class LevelHistory:
     def numel(self) -> dict[str, int]:
         """Weights of each site, or features of one picture: what a site counts for in the aggregates."""
         return {
-            name: site.seen.v.numel() // (site.seen.v.shape[0] if site.kind == "act" else 1)
+            name: site.seen.shape.numel() // (site.seen.shape[0] if site.kind == "act" else 1)
             for name, site in self.sites.items()
         }
 
@@ -130,7 +130,7 @@ class LevelHistory:
                 model(pictures)
                 for name, site in self.sites.items():
                     if site.kind == "act" or number == 0:
-                        fresh = site_sums(site, *site.seen, self.alphas.get(name))
+                        fresh = site_sums(site, site.seen.v, site.seen.codes, self.alphas.get(name))
                         sums[name] = sums[name] + fresh if name in sums else fresh
                     if number == 0:
                         flips[name] = self._flips(name, site)
@@ -216,13 +216,13 @@ class recording:
         self.sites = list(sites)
 
     def __enter__(self):
-        self.before = [site.recording for site in self.sites]
+        self.before = [(site.recording, site.asked) for site in self.sites]
         for site in self.sites:
-            site.recording = True
+            site.recording, site.asked = True, None
 
     def __exit__(self, *_):
         for site, before in zip(self.sites, self.before, strict=True):
-            site.recording, site.seen = before, None
+            (site.recording, site.asked), site.seen = before, None
 
 
 def histogram_arrays(sites: Mapping[str, Quantizer], histograms: Mapping[str, Tensor], epoch: int) -> dict:
@@ -274,7 +274,7 @@ def alpha_gradients(
         from_ce = gradients(nn.functional.cross_entropy(model(images).float(), labels))
         from_all = gradients(pull())
         for site in sites.values():
-            site.seen = Seen(site.seen.v.detach(), site.seen.codes)
+            site.seen = site.seen._replace(v=site.seen.v.detach())
         own = gradients(pull())
         sgd = isinstance(optimizer, torch.optim.SGD)
         index = {n: policy.stability_index(s, regularizer, optimizer) if sgd else None for n, s in sites.items()}

@@ -141,7 +141,7 @@ def test_stability_index_tells_who_runs_away(bits, target, momentum, nesterov):
     lambda is chosen so that the index is `target`; the verdict is what really happens over 500 steps.
     """
     site, v = lone_site(bits)
-    site.seen = Seen(v, site.codes(v, site.alpha.detach()).to(torch.int16))
+    site.seen = Seen(v.shape, v, site.codes(v, site.alpha.detach()).to(torch.int16))
     policy, lr = AlphaPolicy("backprop", "learnable"), 0.01
     h = BinReg(1.0).curvature(site)
     limit = 2 * (1 + momentum) / (1 + 2 * momentum if nesterov else 1)
@@ -163,7 +163,7 @@ def test_the_figures_of_the_verdict():
     """W4, lambda 1, lr .05, momentum .9: I = 9; W2: I = .16."""
     for bits, expected in ((4, 9.05), (2, 0.158)):
         site, v = lone_site(bits)
-        site.seen = Seen(v * 2, site.codes(v * 2, site.alpha.detach()).to(torch.int16))  # every bin in use
+        site.seen = Seen(v.shape, v * 2, site.codes(v * 2, site.alpha.detach()).to(torch.int16))  # every bin in use
         optimizer = torch.optim.SGD([site.alpha], lr=0.05, momentum=0.9)
         optimizer.param_groups[0]["base_lr"] = 0.05
         index = AlphaPolicy("backprop", "backprop").stability_index(site, BinReg(1.0), optimizer)

@@ -16,7 +16,7 @@ def site_with(v, kind="weight", bits=2, alpha=0.4, make=LSQ, per_channel=False):
     mean_abs = v.detach().abs().flatten(1).mean(1).view(-1, *[1] * (v.dim() - 1)) if per_channel else v.abs().mean()
     site.start(mean_abs.detach(), v.detach(), signed)
     site.alpha = torch.nn.Parameter(site.alpha.detach().double() if per_channel else torch.tensor(alpha).double())
-    site.seen = Seen(v, site.codes(v.detach(), site.alpha.detach()).to(torch.int16))
+    site.seen = Seen(v.shape, v, site.codes(v.detach(), site.alpha.detach()).to(torch.int16))
     return site
 
 
@@ -26,7 +26,7 @@ def randn(*size, seed=0):
 
 def by_hand(site, normalize, in_steps, drop):
     """The docstring of binreg.py, element by element."""
-    v, codes = site.seen
+    v, codes = site.seen.v, site.seen.codes
     alpha = site.alpha.expand_as(v).flatten().tolist()
     pairs = list(zip(v.detach().flatten().tolist(), codes.flatten().tolist(), alpha, strict=True))
     if drop:
@@ -114,7 +114,7 @@ def test_pure_flow_follows_its_closed_form_without_a_flip_into_dirac_bins():
     reg = BinReg(strength)
     for step in range(1, 201):
         v.grad = None
-        site.seen = Seen(v, site.codes(v.detach(), site.alpha.detach()).to(torch.int16))
+        site.seen = Seen(v.shape, v, site.codes(v.detach(), site.alpha.detach()).to(torch.int16))
         assert torch.equal(site.seen.codes, first)
         (strength * reg.site_penalty(site, site.alpha.detach())).backward()
         with torch.no_grad():

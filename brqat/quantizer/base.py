@@ -6,7 +6,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from brqat import kernels
+from brqat.bins import BinTable, site_table
 from brqat.grid import Grid
+from brqat.kernels import Bins
 
 Kind = Literal["weight", "act"]
 STARTS = ("lsq", "mse")
@@ -16,11 +19,28 @@ STARTS = ("lsq", "mse")
 ALPHA_FLOOR = 1e-3
 
 
+class Asked(NamedTuple):
+    """The table that the regularizer wants of every training forward."""
+
+    bins: Bins
+    moves_alpha: bool  # its gradient reaches alpha
+
+
+class Quantized(NamedTuple):
+    """What quantizing gives: v_hat at least."""
+
+    v_hat: Tensor
+    codes: Tensor | None = None
+    table: BinTable | None = None
+
+
 class Seen(NamedTuple):
     """What a site quantized in the last forward, kept for the regularizer and the metrics."""
 
-    v: Tensor  # before fake-quantization
-    codes: Tensor  # int16, v's shape
+    shape: torch.Size
+    v: Tensor | None  # before fake-quantization, while recording
+    codes: Tensor | None  # int16, v's shape, while recording
+    table: BinTable | None = None  # as asked
 
 
 class Quantizer(nn.Module):
@@ -47,6 +67,7 @@ class Quantizer(nn.Module):
         self.start_rule = start
         self.exempt = False  # first or last layer at their own width: outside BR and the level aggregates
         self.recording = False
+        self.asked: Asked | None = None
         self.seen: Seen | None = None
         self.grid: Grid | None = None
         self.alpha = nn.Parameter(torch.tensor(math.nan))
@@ -60,16 +81,42 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def fake_quantize(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """v_hat in v's dtype, and the int16 codes."""
+        """v_hat in v's dtype, and the int16 codes.
+
+        A `Quantized` may hold the table that `asked_now` describes as well, and leave out codes that nobody records.
+        """
         raise NotImplementedError
 
     def forward(self, v: Tensor) -> Tensor:
         if self.grid is None:
             raise RuntimeError("this site has no alpha yet: call brqat.layers.calibrate(model, batches) first")
-        v_hat, codes = self.fake_quantize(v)
+        v_hat, codes, table = Quantized(*self.fake_quantize(v))
+        asked = self.asked_now
+        if asked is not None and table is None:
+            table = site_table(v, codes, self._alpha_br(asked), self.grid, asked.bins)
         if self.recording:
-            self.seen = Seen(v, codes)
+            self.seen = Seen(v.shape, v, codes, table)
+        elif asked is not None:
+            self.seen = Seen(v.shape, None, None, table)
         return v_hat
+
+    @property
+    def asked_now(self) -> Asked | None:
+        """The regularizer speaks in training only."""
+        return self.asked if self.training else None
+
+    def _alpha_br(self, asked: Asked | None) -> Tensor:
+        return self.alpha if asked and asked.moves_alpha else self.alpha.detach()
+
+    def one_pass(self, v: Tensor, scale: float) -> Quantized | None:
+        """v quantized by the kernel for this site's grid; None where plain PyTorch has to do it."""
+        asked = self.asked_now
+        out = kernels.lsq(
+            v, self.alpha, self._alpha_br(asked), self.grid, scale, self.recording, asked and asked.bins
+        )
+        if out is None:
+            return None
+        return Quantized(out.v_hat, out.codes, asked and BinTable(out.count, out.mse))
 
     @torch.no_grad()
     def start(self, mean_abs: Tensor, sample: Tensor, signed: bool) -> None:

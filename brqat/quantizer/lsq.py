@@ -15,7 +15,7 @@ from torch import Tensor
 
 from brqat.bins import as_float
 from brqat.grid import Grid, uniform_grid
-from brqat.quantizer.base import Quantizer, gradient_scale
+from brqat.quantizer.base import Quantized, Quantizer, gradient_scale
 
 
 def lsq(v: Tensor, alpha: Tensor, grid: Grid, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -36,7 +36,7 @@ class _LSQ(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v, alpha, grid, scale):
         codes = lsq_codes(v, alpha, grid)
-        stored = codes.to(torch.int16)
+        stored = codes.nan_to_num(grid.qn).to(torch.int16)  # NaN has no code: bin 0 shows it to the table
         ctx.save_for_backward(v, alpha, stored)
         ctx.grid, ctx.scale = grid, scale
         ctx.mark_non_differentiable(stored)
@@ -72,5 +72,6 @@ class LSQ(Quantizer):
     def codes(self, v: Tensor, alpha: Tensor) -> Tensor:
         return lsq_codes(v, alpha, self.grid)
 
-    def fake_quantize(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        return lsq(v, self.alpha, self.grid, gradient_scale(v, self.kind, self.alpha, self.grid.qp))
+    def fake_quantize(self, v: Tensor) -> Quantized | tuple[Tensor, Tensor]:
+        scale = gradient_scale(v, self.kind, self.alpha, self.grid.qp)
+        return self.one_pass(v, scale) or lsq(v, self.alpha, self.grid, scale)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from brqat.bins import as_float
 from brqat.grid import SIGN_GRID, Grid
-from brqat.quantizer.base import Quantizer, gradient_scale
+from brqat.quantizer.base import Quantized, Quantizer, gradient_scale
 
 
 def sign_codes(v: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ class _Sign(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v, alpha, scale):
         codes = sign_codes(as_float(v))
-        stored = codes.to(torch.int16)
+        stored = codes.nan_to_num(-1).to(torch.int16)  # NaN has no code: bin 0 shows it to the table
         ctx.save_for_backward(alpha, stored)
         ctx.scale = scale
         ctx.mark_non_differentiable(stored)
@@ -64,5 +64,6 @@ class Sign(Quantizer):
     def codes(self, v: Tensor, alpha: Tensor) -> Tensor:
         return sign_codes(as_float(v))
 
-    def fake_quantize(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        return _Sign.apply(v, self.alpha, gradient_scale(v, self.kind, self.alpha, 1))
+    def fake_quantize(self, v: Tensor) -> Quantized | tuple[Tensor, Tensor]:
+        scale = gradient_scale(v, self.kind, self.alpha, 1)
+        return self.one_pass(v, scale) or _Sign.apply(v, self.alpha, scale)

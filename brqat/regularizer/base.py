@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from brqat.kernels import Bins
 from brqat.quantizer.base import Kind, Quantizer
 from brqat.schedule import LAMBDA_SCHEDULES
 
@@ -23,6 +24,10 @@ class Regularizer:
 
     A site takes part when its kind's lambda is above zero and it is not a first or last layer at its own width.
     """
+
+    # What the penalty reads of a site's bins, which one pass over the data gives with the quantization: then
+    # `site.seen.table` holds it, and v and codes are not kept. None: the penalty reads v and codes.
+    bins: Bins | None = None
 
     def __init__(self, lambda_br: float, lambda_br_act: float, schedule: str = "constant"):
         for key, value in (("lambda_br", lambda_br), ("lambda_br_act", lambda_br_act)):

@@ -24,7 +24,8 @@ the end bins; the paper keeps it.
 import torch
 from torch import Tensor
 
-from brqat.bins import BinTable, as_float, bin_index, bin_table
+from brqat.bins import BinTable, as_float, bin_index, site_table
+from brqat.kernels import Bins
 from brqat.quantizer.base import Quantizer, Seen
 from brqat.regularizer.base import Regularizer
 
@@ -52,8 +53,7 @@ class BinReg(Regularizer):
             if value not in CHOICES[key]:
                 raise ValueError(f"{key}={value!r} is not known. Write one of {', '.join(CHOICES[key])}.")
         self.normalize = normalize
-        self.in_steps = units == "alpha"
-        self.drop_clipped = clipped == "drop"
+        self.bins = Bins(in_steps=units == "alpha", drop_clipped=clipped == "drop")
 
     def site_penalty(self, site: Quantizer, alpha: Tensor) -> Tensor:
         return self._weigh(self._table(site, alpha), site)
@@ -72,11 +72,11 @@ class BinReg(Regularizer):
         per_element = per_bin / table.count.clamp(min=1)
         index = bin_index(seen.codes, site.grid)
         share = 2 * seen.codes.double().square() * per_element[index]
-        if self.drop_clipped:
+        if self.bins.drop_clipped:
             u = as_float(seen.v) / alpha
             share = torch.where((u < site.grid.qn) | (u > site.grid.qp), 0.0, share)
         h = share.sum_to_size(alpha.shape)
-        if self.in_steps:
+        if self.bins.in_steps:
             h = h / alpha.square()
         return h.max().item()
 
@@ -86,10 +86,7 @@ class BinReg(Regularizer):
         return torch.eye(table.mse.numel(), dtype=torch.float64, device=table.mse.device)
 
     def _table(self, site: Quantizer, alpha: Tensor) -> BinTable:
-        v, codes = site.seen
-        if self.in_steps:
-            v, alpha = as_float(v) / alpha, torch.ones_like(alpha)
-        return bin_table(v, codes, alpha, site.grid, self.drop_clipped)
+        return site.seen.table or site_table(site.seen.v, site.seen.codes, alpha, site.grid, self.bins)
 
     def _weigh(self, table: BinTable, site: Quantizer) -> Tensor:
         """The site's penalty from its table."""
@@ -102,9 +99,9 @@ class BinReg(Regularizer):
 
 
 def _samples(seen: Seen, kind: str) -> int:
-    return seen.v.shape[0] if kind == "act" else 1
+    return seen.shape[0] if kind == "act" else 1
 
 
 def _fan_in(seen: Seen, kind: str) -> int:
     # A weight is (outputs, inputs, ...) and an input (samples, features, ...): both say it in their first row.
-    return seen.v.numel() // seen.v.shape[0]
+    return seen.shape.numel() // seen.shape[0]

@@ -1,0 +1,328 @@
+// LSQ and the per-bin table of Bin Regularization, each direction one pass over the data.
+//
+//   forward    c = round(clip(v / alpha, qn, qp)),  v_hat = c * alpha,  count_i, mse_i = mean over bin i of distance^2
+//   backward   dv     = dv_hat * [qn < v / alpha < qp] + pull,   pull = 2 / N_i * dmse_i * distance
+//              dalpha = g * sum dv_hat * (c - v / alpha, clipped: c);   of the bins: -sum pull * c
+//
+// The formulas and their sources stand in brqat/quantizer/lsq.py and brqat/bins.py. Saved for backward: v, alpha and
+// the counts, nothing of v's size that was not there before.
+
+#include "lsq.h"
+
+#include <algorithm>
+#include <tuple>
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/core/ScalarType.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+namespace brqat {
+namespace {
+
+using Optional = std::optional<Tensor>;
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Backward = std::tuple<Tensor, Tensor, Tensor>;
+
+// A stretch of memory with one alpha.
+struct Piece {
+  int64_t start, size, alpha;
+};
+
+std::vector<Piece> pieces_of(int64_t numel, int64_t alphas) {
+  std::vector<Piece> pieces;
+  if (numel == 0) return pieces;
+  if (alphas == 1) {
+    for (int64_t start = 0; start < numel; start += PIECE) pieces.push_back({start, std::min(PIECE, numel - start), 0});
+  } else {
+    const int64_t row = numel / alphas;
+    for (int64_t channel = 0; channel < alphas; ++channel) pieces.push_back({channel * row, row, channel});
+  }
+  return pieces;
+}
+
+// v as it is where memory can be walked from end to end, with dim 0 outermost if each of its rows has an alpha.
+Tensor walkable(const Tensor& v, int64_t alphas) {
+  const bool rows = alphas == 1 || v.size(0) <= 1 || v.stride(0) * v.size(0) == v.numel();
+  return v.is_non_overlapping_and_dense() && rows ? v : v.contiguous();
+}
+
+Tensor laid_out_as(const Tensor& t, const Tensor& like) {
+  if (t.strides() == like.strides() && t.scalar_type() == like.scalar_type()) return t;
+  return at::empty_like(like).copy_(t);
+}
+
+void check(const Tensor& v, const Tensor& alpha) {
+  TORCH_CHECK(v.scalar_type() == at::kFloat || v.scalar_type() == at::kBFloat16, "v is ", v.scalar_type(),
+              ": the kernel takes float32 and bfloat16");
+  TORCH_CHECK(alpha.scalar_type() == at::kFloat, "alpha is ", alpha.scalar_type(), ", not float32");
+  const bool per_row = alpha.dim() == v.dim() && alpha.dim() > 0 && alpha.numel() == v.size(0) &&
+                       alpha.size(0) == v.size(0);
+  TORCH_CHECK(alpha.numel() == 1 || per_row, "alpha has ", alpha.numel(),
+              " entries: the kernel takes one, or one for each row of v");
+}
+
+// A block of any dtype as float32, and back.
+template <typename scalar>
+struct Floats {
+  float held[BLOCK];
+
+  const float* read(const scalar* in, int64_t n) {
+    if constexpr (std::is_same_v<scalar, float>) {
+      return in;
+    } else {
+      at::vec::convert(in, held, n);
+      return held;
+    }
+  }
+  float* room(scalar* out) {
+    if constexpr (std::is_same_v<scalar, float>) return out;
+    else return held;
+  }
+  void write(scalar* out, int64_t n) {
+    if constexpr (!std::is_same_v<scalar, float>) at::vec::convert(held, out, n);
+  }
+};
+
+template <typename scalar, bool SIGN>
+void forward_piece(const scalar* v, scalar* v_hat, int16_t* codes, int64_t size, float alpha, const Grid& grid,
+                   const Bins& bins, double* count, double* square) {
+  const Site site(alpha, grid, bins);
+  BinSums sums(grid, count, square);
+  Floats<scalar> in_float, out_float;
+  float code[BLOCK], bin[BLOCK], squared[BLOCK];
+  for (int64_t start = 0; start < size; start += BLOCK) {
+    const int64_t n = std::min(BLOCK, size - start);
+    const float* in = in_float.read(v + start, n);
+    float* out = out_float.room(v_hat + start);
+    const auto step = [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
+      const Vec x = Vec::loadu(in + i, lanes);
+      const Vec u = site.divided(x);
+      const Vec c = site.code<SIGN>(u);
+      (c * site.alpha).store(out + i, lanes);
+      if (codes) site.known(c).store(code + i);
+      if (bins.wanted) {
+        const Vec distance = site.distance(x, u, c);
+        (distance * distance).store(squared + i);
+        site.bin_code(u, c).store(bin + i);
+      }
+    };
+    int64_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) step(i, WIDTH);
+    if (i < n) step(i, n - i);
+    out_float.write(v_hat + start, n);
+    if (bins.wanted) {
+      std::fill(bin + n, bin + padded(n), static_cast<float>(grid.qp + grid.gap));
+      sums.add(bin, squared, padded(n));
+    }
+    if (codes)
+      for (int64_t i = 0; i < n; ++i) codes[start + i] = static_cast<int16_t>(code[i]);
+  }
+  if (bins.wanted) sums.finish();
+}
+
+template <typename scalar, bool SIGN>
+void backward_piece(const scalar* v, const scalar* grad, scalar* grad_v, int64_t size, float alpha, const Grid& grid,
+                    const Bins& bins, const Pulls& pulls, double* sum, double* sum_br) {
+  const Site site(alpha, grid, bins);
+  Gradient<SIGN> gradient{site, pulls, bins.wanted};
+  Floats<scalar> in_float, grad_float, out_float;
+  const float zeros[BLOCK] = {};
+  for (int64_t start = 0; start < size; start += BLOCK) {
+    const int64_t n = std::min(BLOCK, size - start);
+    const float* in = in_float.read(v + start, n);
+    const float* g = grad ? grad_float.read(grad + start, n) : zeros;
+    float* out = out_float.room(grad_v + start);
+    int64_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) gradient(Vec::loadu(in + i), Vec::loadu(g + i)).store(out + i);
+    if (const int64_t lanes = n - i)
+      gradient(Vec::loadu(in + i, lanes), Vec::loadu(g + i, lanes), lanes).store(out + i, lanes);
+    out_float.write(grad_v + start, n);
+    gradient.flush(sum, sum_br);
+  }
+}
+
+// Calls function(scalar, sign) with the types that the tensor and the quantizer need.
+template <typename Function>
+void for_types(at::ScalarType type, bool sign, const Function& function) {
+  const auto for_scalar = [&](auto scalar) {
+    if (sign) function(scalar, std::true_type());
+    else function(scalar, std::false_type());
+  };
+  if (type == at::kFloat) for_scalar(float());
+  else for_scalar(at::BFloat16());
+}
+
+Forward forward_cpu(const Tensor& v_, const Tensor& alpha_, int64_t qn, int64_t qp, bool sign, bool codes, bool bins,
+                    bool in_steps, bool drop_clipped) {
+  check(v_, alpha_);
+  const Grid grid(qn, qp, sign);
+  const Bins asked{bins, in_steps, drop_clipped};
+  const int64_t levels = bins ? grid.levels() : 0;
+  const Tensor alpha = alpha_.contiguous(), v = walkable(v_, alpha.numel());
+  Tensor v_hat = at::empty_like(v);
+  Tensor stored = codes ? at::empty_like(v, v.options().dtype(at::kShort)) : at::empty({0}, v.options().dtype(at::kShort));
+  const auto pieces = pieces_of(v.numel(), alpha.numel());
+  std::vector<double> sums(pieces.size() * 2 * levels);
+  const float* alphas = alpha.const_data_ptr<float>();
+  int16_t* codes_out = codes ? stored.mutable_data_ptr<int16_t>() : nullptr;
+  for_types(v.scalar_type(), sign, [&](auto scalar, auto is_sign) {
+    using type = decltype(scalar);
+    const type* in = v.const_data_ptr<type>();
+    type* out = v_hat.mutable_data_ptr<type>();
+    at::parallel_for(0, pieces.size(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        const auto [start, size, channel] = pieces[p];
+        double* part = sums.data() + p * 2 * levels;
+        forward_piece<type, decltype(is_sign)::value>(in + start, out + start, codes ? codes_out + start : nullptr,
+                                                      size, alphas[channel], grid, asked, part, part + levels);
+      }
+    });
+  });
+  auto [count, mse] = table_of(sums, pieces.size(), levels, v);
+  return {v_hat, stored, count, mse};
+}
+
+Forward forward_meta(const Tensor& v_, const Tensor& alpha, int64_t qn, int64_t qp, bool sign, bool codes, bool bins,
+                     bool, bool) {
+  const Tensor v = walkable(v_, alpha.numel());
+  const int64_t levels = bins ? Grid(qn, qp, sign).levels() : 0;
+  Tensor stored = codes ? at::empty_like(v, v.options().dtype(at::kShort)) : at::empty({0}, v.options().dtype(at::kShort));
+  return {at::empty_like(v), stored, at::empty({levels}, v.options().dtype(at::kLong)),
+          at::empty({levels}, v.options().dtype(at::kFloat))};
+}
+
+Backward backward_cpu(const Optional& grad_, const Optional& grad_mse_, const Tensor& v_, const Tensor& alpha_,
+                      const Tensor& count, int64_t qn, int64_t qp, bool sign, double scale, bool in_steps,
+                      bool drop_clipped) {
+  const Grid grid(qn, qp, sign);
+  const Bins bins{grad_mse_.has_value(), in_steps, drop_clipped};
+  const Tensor alpha = alpha_.contiguous(), v = walkable(v_, alpha.numel());
+  if (!bins.wanted && !grad_.has_value()) return {at::zeros_like(v), at::zeros_like(alpha), at::zeros_like(alpha)};
+  const Tensor grad = grad_.has_value() ? laid_out_as(*grad_, v) : Tensor();
+  const Tensor grad_mse = bins.wanted ? grad_mse_->contiguous() : Tensor();
+  const Pulls pulls(grid, bins.wanted ? grad_mse.const_data_ptr<float>() : nullptr,
+                    bins.wanted ? count.const_data_ptr<int64_t>() : nullptr);
+  Tensor grad_v = at::empty_like(v);
+  Tensor grad_alpha = at::empty_like(alpha), grad_bins = at::empty_like(alpha);
+  const auto pieces = pieces_of(v.numel(), alpha.numel());
+  std::vector<double> sums(pieces.size() * 2);
+  const float* alphas = alpha.const_data_ptr<float>();
+  for_types(v.scalar_type(), sign, [&](auto scalar, auto is_sign) {
+    using type = decltype(scalar);
+    const type* in = v.const_data_ptr<type>();
+    const type* from_above = grad.defined() ? grad.const_data_ptr<type>() : nullptr;
+    type* out = grad_v.mutable_data_ptr<type>();
+    at::parallel_for(0, pieces.size(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        const auto [start, size, channel] = pieces[p];
+        backward_piece<type, decltype(is_sign)::value>(in + start, from_above ? from_above + start : nullptr,
+                                                       out + start, size, alphas[channel], grid, bins, pulls,
+                                                       &sums[2 * p], &sums[2 * p + 1]);
+      }
+    });
+  });
+  std::vector<double> totals(2 * alpha.numel());
+  for (size_t p = 0; p < pieces.size(); ++p)
+    for (int64_t which = 0; which < 2; ++which) totals[2 * pieces[p].alpha + which] += sums[2 * p + which];
+  for (int64_t channel = 0; channel < alpha.numel(); ++channel) {
+    grad_alpha.mutable_data_ptr<float>()[channel] = static_cast<float>(scale * totals[2 * channel]);
+    grad_bins.mutable_data_ptr<float>()[channel] = static_cast<float>(totals[2 * channel + 1]);
+  }
+  return {grad_v, grad_alpha, grad_bins};
+}
+
+Backward backward_meta(const Optional&, const Optional&, const Tensor& v, const Tensor& alpha, const Tensor&, int64_t,
+                       int64_t, bool, double, bool, bool) {
+  return {at::empty_like(walkable(v, alpha.numel())), at::empty_like(alpha), at::empty_like(alpha)};
+}
+
+const auto& forward_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("brqat::lsq_forward", "")
+                             .typed<decltype(forward_cpu)>();
+  return op;
+}
+
+const auto& backward_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("brqat::lsq_backward", "")
+                             .typed<decltype(backward_cpu)>();
+  return op;
+}
+
+// alpha_br is alpha, or a copy without gradient: who may move alpha is decided outside.
+class Lsq : public torch::autograd::Function<Lsq> {
+ public:
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& v,
+                                                const Tensor& alpha, const Tensor& alpha_br, int64_t qn, int64_t qp,
+                                                bool sign, double scale, bool codes, bool bins, bool in_steps,
+                                                bool drop_clipped) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [v_hat, stored, count, mse] =
+        forward_op().call(v, alpha, qn, qp, sign, codes, bins, in_steps, drop_clipped);
+    ctx->save_for_backward({v, alpha, count});
+    ctx->saved_data["grid"] = std::vector<int64_t>{qn, qp, sign, in_steps, drop_clipped};
+    ctx->saved_data["scale"] = scale;
+    ctx->mark_non_differentiable({stored, count});
+    ctx->set_materialize_grads(false);
+    return {v_hat, stored, count, mse};
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto grid = ctx->saved_data["grid"].toIntVector();
+    const auto optional = [](const Tensor& t) { return t.defined() ? Optional(t) : Optional(); };
+    auto [grad_v, grad_alpha, grad_bins] =
+        backward_op().call(optional(grads[0]), optional(grads[3]), saved[0], saved[1], saved[2], grid[0], grid[1],
+                           grid[2], ctx->saved_data["scale"].toDouble(), grid[3], grid[4]);
+    return {grad_v, grad_alpha, grads[3].defined() ? grad_bins : Tensor(), {}, {}, {}, {}, {}, {}, {}, {}};
+  }
+};
+
+Forward lsq_autograd(const Tensor& v, const Tensor& alpha, const Tensor& alpha_br, int64_t qn, int64_t qp, bool sign,
+                     double scale, bool codes, bool bins, bool in_steps, bool drop_clipped) {
+  auto out = Lsq::apply(v, alpha, alpha_br, qn, qp, sign, scale, codes, bins, in_steps, drop_clipped);
+  return {out[0], out[1], out[2], out[3]};
+}
+
+Forward lsq_without_grad(const Tensor& v, const Tensor& alpha, const Tensor&, int64_t qn, int64_t qp, bool sign,
+                         double, bool codes, bool bins, bool in_steps, bool drop_clipped) {
+  return forward_op().call(v, alpha, qn, qp, sign, codes, bins, in_steps, drop_clipped);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(brqat, m) {
+  m.def(
+      "lsq(Tensor v, Tensor alpha, Tensor alpha_br, int qn, int qp, bool sign, float scale, bool codes, bool bins, "
+      "bool in_steps, bool drop_clipped) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "lsq_forward(Tensor v, Tensor alpha, int qn, int qp, bool sign, bool codes, bool bins, bool in_steps, bool "
+      "drop_clipped) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "lsq_backward(Tensor? grad, Tensor? grad_mse, Tensor v, Tensor alpha, Tensor count, int qn, int qp, bool sign, "
+      "float scale, bool in_steps, bool drop_clipped) -> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(brqat, CPU, m) {
+  m.impl("lsq", lsq_without_grad);
+  m.impl("lsq_forward", forward_cpu);
+  m.impl("lsq_backward", backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(brqat, Meta, m) {
+  m.impl("lsq", lsq_without_grad);
+  m.impl("lsq_forward", forward_meta);
+  m.impl("lsq_backward", backward_meta);
+}
+
+TORCH_LIBRARY_IMPL(brqat, Autograd, m) { m.impl("lsq", lsq_autograd); }
+
+}  // namespace brqat

@@ -1,0 +1,263 @@
+// What one element goes through, and how a tensor is cut into pieces: shared by lsq.cpp and norm.cpp.
+//
+// Vectors are ATen's (at::vec): one source for every instruction set. Sums run in float over at most BLOCK elements, in
+// double beyond them, and pieces are added up in the order of memory whatever thread made them: the number of threads
+// changes no bit.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
+#include <c10/macros/Macros.h>
+
+namespace brqat {
+
+using at::Tensor;
+using Vec = at::vec::Vectorized<float>;
+
+constexpr int64_t WIDTH = Vec::size();
+constexpr int64_t BLOCK = 1024;    // elements whose intermediate values live in the L1 cache
+constexpr int64_t PIECE = 32768;   // elements that one thread takes at a time
+constexpr int64_t FEW_LEVELS = 8;  // up to here bins are summed one after the other, beyond by a table
+
+static_assert(BLOCK % WIDTH == 0);
+
+struct Grid {
+  int64_t qn, qp, gap;  // gap: distance of two codes
+
+  Grid(int64_t qn, int64_t qp, bool sign) : qn(qn), qp(qp), gap(sign ? 2 : 1) {}
+  int64_t levels() const { return (qp - qn) / gap + 1; }
+  float level(int64_t bin) const { return static_cast<float>(qn + bin * gap); }
+};
+
+// What a regularizer asks of a site's bins (brqat.bins.Bins).
+struct Bins {
+  bool wanted, in_steps, drop_clipped;
+};
+
+C10_ALWAYS_INLINE Vec either(const Vec& mask, const Vec& yes, const Vec& no) { return Vec::blendv(no, yes, mask); }
+
+// One alpha and its grid: what becomes of the values that share it.
+struct Site {
+  const bool in_steps, drop_clipped;
+  const Vec alpha, minus_alpha, inverse, qn, qp, near, far, left_out, minus_unit, per_unit;
+
+  Site(float alpha, const Grid& grid, const Bins& bins)
+      : in_steps(bins.in_steps),
+        drop_clipped(bins.drop_clipped),
+        alpha(alpha),
+        minus_alpha(-alpha),
+        inverse(1.0f / alpha),
+        qn(static_cast<float>(grid.qn)),
+        qp(static_cast<float>(grid.qp)),
+        near(static_cast<float>(grid.qn - 2)),
+        far(static_cast<float>(grid.qp + 2)),
+        left_out(static_cast<float>(grid.qp + grid.gap)),
+        // The distance of v to its level is v - c * alpha, or v / alpha - c.
+        minus_unit(bins.in_steps ? -1.0f : -alpha),
+        per_unit(bins.in_steps ? 1.0f / alpha : 1.0f) {}
+
+  // v / alpha, correctly rounded as the division is, in less time (Markstein, 1990): under fma the residual of an
+  // approximate quotient is exact. Beyond the grid, where only the side matters, the quotient is held near it, or an
+  // infinite v would make the residual NaN.
+  C10_ALWAYS_INLINE Vec divided(const Vec& v) const {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+    Vec q = at::vec::clamp(v * inverse, near, far);
+    q = at::vec::fmadd(at::vec::fmadd(q, minus_alpha, v), inverse, q);
+    return at::vec::fmadd(at::vec::fmadd(q, minus_alpha, v), inverse, q);
+#else
+    return v / alpha;
+#endif
+  }
+
+  // NaN stays NaN.
+  template <bool SIGN>
+  C10_ALWAYS_INLINE Vec code(const Vec& u) const {
+    if (SIGN) return either(u != u, u, either(u < Vec(0.0f), Vec(-1.0f), Vec(1.0f)));
+    return at::vec::clamp(u, qn, qp).round();
+  }
+
+  // NaN has no code: it goes into bin 0, where it reaches the mean.
+  C10_ALWAYS_INLINE Vec known(const Vec& code) const { return either(code >= qn, code, qn); }
+
+  // The code of the bin that an element counts in.
+  C10_ALWAYS_INLINE Vec bin_code(const Vec& u, const Vec& code) const {
+    return drop_clipped ? either((u < qn) | (u > qp), left_out, known(code)) : known(code);
+  }
+
+  C10_ALWAYS_INLINE Vec distance(const Vec& v, const Vec& u, const Vec& code) const {
+    return at::vec::fmadd(code, minus_unit, in_steps ? u : v);
+  }
+};
+
+// Lane after lane.
+C10_ALWAYS_INLINE double sum_of(const Vec& v) {
+  float lanes[WIDTH];
+  v.store(lanes);
+  double total = 0;
+  for (int64_t i = 0; i < WIDTH; ++i) total += lanes[i];
+  return total;
+}
+
+// Count and sum of squared distances per bin of a piece, fed block by block.
+class BinSums {
+ public:
+  // count, square: (levels) each, to be added to.
+  BinSums(const Grid& grid, double* count, double* square)
+      : grid_(grid), levels_(grid.levels()), count_(count), square_(square) {
+    if (levels_ > FEW_LEVELS) table_.assign(REPLICAS * (levels_ + 1), {0.0f, 0.0f});  // one more: what is left out
+  }
+
+  // Both up to a multiple of WIDTH; code: of the bin, left_out for what does not count.
+  void add(const float* code, const float* square, int64_t n) {
+    if (levels_ > FEW_LEVELS) return add_to_table(code, square, n);
+    for (int64_t bin = 0; bin < levels_; ++bin) {
+      const Vec level(grid_.level(bin)), one(1.0f);
+      Vec counts(0.0f), squares(0.0f);
+      for (int64_t i = 0; i < n; i += WIDTH) {
+        const Vec here = Vec::loadu(code + i) == level;
+        counts = counts + (here & one);
+        squares = squares + (here & Vec::loadu(square + i));
+      }
+      count_[bin] += sum_of(counts);
+      square_[bin] += sum_of(squares);
+    }
+  }
+
+  void finish() {
+    if (levels_ > FEW_LEVELS) flush();
+  }
+
+ private:
+  struct Pair {
+    float count, square;
+  };
+  static constexpr int64_t REPLICAS = 4;  // neighbours that share a bin then need not wait for each other
+  static constexpr int64_t FLUSH = 8192;  // elements
+
+  void add_to_table(const float* code, const float* square, int64_t n) {
+    Pair* table = table_.data();
+    const int64_t bins = levels_ + 1;
+    const float qn = grid_.level(0);
+    for (int64_t i = 0; i < n; i += REPLICAS)
+      for (int64_t r = 0; r < REPLICAS; ++r) {
+        Pair& pair = table[r * bins + static_cast<int32_t>(code[i + r] - qn)];  // these grids have no gaps
+        pair.count += 1.0f;
+        pair.square += square[i + r];
+      }
+    if ((held_ += n) >= FLUSH) flush();
+  }
+
+  void flush() {
+    for (int64_t r = 0; r < REPLICAS; ++r)
+      for (int64_t bin = 0; bin < levels_; ++bin) {
+        Pair& pair = table_[r * (levels_ + 1) + bin];
+        count_[bin] += pair.count;
+        square_[bin] += pair.square;
+        pair = {0.0f, 0.0f};
+      }
+    held_ = 0;
+  }
+
+  const Grid grid_;
+  const int64_t levels_;
+  double *count_, *square_;
+  std::vector<Pair> table_;
+  int64_t held_ = 0;
+};
+
+// Count and mean square of each bin, from the sums of all pieces, (pieces, 2, levels), in their order.
+inline std::pair<Tensor, Tensor> table_of(const std::vector<double>& sums, int64_t pieces, int64_t levels,
+                                          const Tensor& like) {
+  Tensor count = at::empty({levels}, like.options().dtype(at::kLong));
+  Tensor mse = at::empty({levels}, like.options().dtype(at::kFloat));
+  for (int64_t bin = 0; bin < levels; ++bin) {
+    double n = 0, square = 0;
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      n += sums[piece * 2 * levels + bin];
+      square += sums[piece * 2 * levels + levels + bin];
+    }
+    count.mutable_data_ptr<int64_t>()[bin] = static_cast<int64_t>(n);
+    mse.mutable_data_ptr<float>()[bin] = static_cast<float>(square / std::max(n, 1.0));
+  }
+  return {count, mse};
+}
+
+// The pull of each bin on its elements, 2 / N_i * the gradient of mse_i, looked up by code.
+class Pulls {
+ public:
+  // grad_mse, count: (levels) each; nullptr for no pull at all.
+  Pulls(const Grid& grid, const float* grad_mse, const int64_t* count)
+      : qn_(grid.level(0)), few_(grid.levels() <= 4), table_(grid.levels() + 1) {  // the last for what is left out
+    for (int64_t bin = 0; grad_mse && bin < grid.levels(); ++bin)
+      table_[bin] = 2.0f * grad_mse[bin] / static_cast<float>(std::max<int64_t>(count[bin], 1));
+    for (int64_t bin = 0; few_ && bin < 5; ++bin) {
+      level_[bin] = Vec(grid.level(bin));
+      pull_[bin] = Vec(bin < grid.levels() ? table_[bin] : 0.0f);
+    }
+  }
+
+  C10_ALWAYS_INLINE Vec operator()(const Vec& code) const {
+    if (few_)  // in registers
+      return either(code <= level_[1], either(code <= level_[0], pull_[0], pull_[1]),
+                    either(code <= level_[2], pull_[2], either(code <= level_[3], pull_[3], pull_[4])));
+    return at::vec::gather<sizeof(float)>(table_.data(), at::vec::convert_to_int_of_same_size(code - qn_));
+  }
+
+ private:
+  const Vec qn_;
+  const bool few_;
+  std::vector<float> table_;
+  Vec level_[5], pull_[5];
+};
+
+// The gradient that leaves one vector of values, from the one that comes from above and from the bins.
+template <bool SIGN>
+struct Gradient {
+  const Site& site;
+  const Pulls& pulls;
+  const bool bins;
+  Vec alpha{0.0f}, alpha_br{0.0f};  // what the vectors so far send to alpha, before its scale, and to the bins' alpha
+
+  C10_ALWAYS_INLINE Vec operator()(const Vec& v, const Vec& from_above) {
+    const Vec u = site.divided(v);
+    const Vec c = site.known(site.template code<SIGN>(u));
+    const Vec inside = (u > site.qn) & (u < site.qp);
+    Vec grad = SIGN ? from_above : inside & from_above;
+    alpha = at::vec::fmadd(from_above, SIGN ? c : c - (inside & u), alpha);
+    if (bins) {
+      const Vec pull = pulls(site.bin_code(u, c)) * site.distance(v, u, c) * site.per_unit;
+      grad = grad + pull;
+      alpha_br = at::vec::fmadd(pull, site.in_steps ? u : c, alpha_br);
+    }
+    return grad;
+  }
+
+  // The same where only the first lanes hold values.
+  C10_ALWAYS_INLINE Vec operator()(const Vec& v, const Vec& from_above, int64_t lanes) {
+    if (lanes == WIDTH) return (*this)(v, from_above);
+    const Vec alpha_before = alpha, alpha_br_before = alpha_br;
+    const Vec grad = (*this)(v, from_above);
+    alpha = Vec::set(alpha_before, alpha, lanes);
+    alpha_br = Vec::set(alpha_br_before, alpha_br, lanes);
+    return grad;
+  }
+
+  // Adds the sums up and begins anew.
+  void flush(double* to_alpha, double* to_alpha_br) {
+    *to_alpha += sum_of(alpha);
+    *to_alpha_br -= sum_of(alpha_br);
+    alpha = alpha_br = Vec(0.0f);
+  }
+};
+
+constexpr int64_t padded(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
+
+}  // namespace brqat

@@ -1,0 +1,387 @@
+// BatchNorm, an activation and LSQ with its per-bin table, as one: what lies between is never written to memory.
+//
+//   y = (x - mean) / sqrt(var + eps) * weight + bias,   r = clamp(y, low, high),   v_hat, count, mse = lsq(r)
+//
+// In training mean and var are the batch's. Backward reads x, which BatchNorm keeps anyway, and computes y and r anew:
+//
+//   dy = lsq's gradient at r, where low < y < high
+//   dbias = sum dy,  dweight = sum dy * (x - mean) / std
+//   dx = weight / std * (dy - dbias / M - (x - mean) / std * dweight / M)              M values per channel
+//
+// (Ioffe, Szegedy, 2015, section 3.) x is float32 (N, C, H, W) in channels_last memory: rows of C.
+
+#include "lsq.h"
+
+#include <tuple>
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+namespace brqat {
+namespace {
+
+using Optional = std::optional<Tensor>;
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+constexpr int64_t ROW_BLOCK = 64;  // rows whose sums are kept in float
+
+// Rows of a tensor, cut into pieces of about PIECE elements.
+struct Rows {
+  int64_t count, channels, per_piece, pieces;
+
+  explicit Rows(const Tensor& x)
+      : count(x.numel() / x.size(1)),
+        channels(x.size(1)),
+        per_piece(std::max<int64_t>(1, PIECE / channels)),
+        pieces((count + per_piece - 1) / per_piece) {}
+
+  int64_t begin(int64_t piece) const { return piece * per_piece; }
+  int64_t end(int64_t piece) const { return std::min(count, begin(piece) + per_piece); }
+
+  // Calls function(piece) for all, each on any thread.
+  template <typename Function>
+  void for_each(const Function& function) const {
+    at::parallel_for(0, pieces, 1, [&](int64_t from, int64_t to) {
+      for (int64_t piece = from; piece < to; ++piece) function(piece);
+    });
+  }
+};
+
+// One number per channel in whole vectors, so that the last can be loaded too.
+std::vector<float> per_channel(int64_t channels) { return std::vector<float>(padded(channels)); }
+
+void add_to(std::vector<float>& block, double* total, int64_t channels) {
+  for (int64_t c = 0; c < channels; ++c) total[c] += block[c];
+  std::fill(block.begin(), block.end(), 0.0f);
+}
+
+// Mean and biased variance of every channel. Each piece is read twice while it lies in the cache: its squares are
+// taken about its own mean (Chan, Golub, LeVeque, 1979), which cancels nothing.
+void statistics(const float* x, const Rows& rows, float* mean, float* var) {
+  const int64_t channels = rows.channels;
+  std::vector<double> means(rows.pieces * channels), squares(rows.pieces * channels);
+  rows.for_each([&](int64_t piece) {
+    double* piece_mean = &means[piece * channels];
+    double* piece_square = &squares[piece * channels];
+    auto sum = per_channel(channels), centre = per_channel(channels);
+    const int64_t begin = rows.begin(piece), end = rows.end(piece);
+    for (int64_t block = begin; block < end; block += ROW_BLOCK) {
+      for (int64_t row = block; row < std::min(end, block + ROW_BLOCK); ++row)
+        for (int64_t c = 0; c < channels; c += WIDTH) {
+          const int64_t lanes = std::min(WIDTH, channels - c);
+          (Vec::loadu(&sum[c]) + Vec::loadu(x + row * channels + c, lanes)).store(&sum[c]);
+        }
+      add_to(sum, piece_mean, channels);
+    }
+    for (int64_t c = 0; c < channels; ++c) centre[c] = static_cast<float>(piece_mean[c] /= end - begin);
+    for (int64_t block = begin; block < end; block += ROW_BLOCK) {
+      for (int64_t row = block; row < std::min(end, block + ROW_BLOCK); ++row)
+        for (int64_t c = 0; c < channels; c += WIDTH) {
+          const int64_t lanes = std::min(WIDTH, channels - c);
+          const Vec d = Vec::loadu(x + row * channels + c, lanes) - Vec::loadu(&centre[c]);
+          at::vec::fmadd(d, d, Vec::loadu(&sum[c])).store(&sum[c]);
+        }
+      add_to(sum, piece_square, channels);
+    }
+  });
+  for (int64_t c = 0; c < channels; ++c) {
+    double count = 0, total_mean = 0, total_square = 0;
+    for (int64_t piece = 0; piece < rows.pieces; ++piece) {
+      const double n = rows.end(piece) - rows.begin(piece);
+      const double apart = means[piece * channels + c] - total_mean;
+      total_mean += apart * n / (count + n);
+      total_square += squares[piece * channels + c] + apart * apart * count * n / (count + n);
+      count += n;
+    }
+    mean[c] = static_cast<float>(total_mean);
+    var[c] = static_cast<float>(total_square / count);
+  }
+}
+
+// y = x * scale + shift
+struct Affine {
+  std::vector<float> scale, shift;
+
+  Affine(const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& var, double eps)
+      : scale(per_channel(weight.numel())), shift(per_channel(weight.numel())) {
+    for (int64_t c = 0; c < weight.numel(); ++c) {
+      const float inverse = static_cast<float>(1 / std::sqrt(var.const_data_ptr<float>()[c] + eps));
+      scale[c] = weight.const_data_ptr<float>()[c] * inverse;
+      shift[c] = bias.const_data_ptr<float>()[c] - mean.const_data_ptr<float>()[c] * scale[c];
+    }
+  }
+
+  C10_ALWAYS_INLINE Vec operator()(const Vec& x, int64_t c) const {
+    return at::vec::fmadd(x, Vec::loadu(&scale[c]), Vec::loadu(&shift[c]));
+  }
+};
+
+void check(const Tensor& x, const Tensor& alpha) {
+  TORCH_CHECK(x.scalar_type() == at::kFloat && x.dim() == 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast),
+              "the kernel takes float32 (N, C, H, W) in channels_last memory");
+  TORCH_CHECK(alpha.scalar_type() == at::kFloat && alpha.numel() == 1, "the kernel takes one float32 alpha");
+  TORCH_CHECK(x.numel() > 0, "BatchNorm has no statistics of nothing");
+}
+
+// v_hat, and the sums of each piece: (pieces, 2, levels).
+void quantize(const float* x, float* v_hat, const Rows& rows, const Affine& affine, float low, float high,
+              const Site& site, const Grid& grid, bool bins, std::vector<double>& sums) {
+  const int64_t channels = rows.channels, levels = grid.levels();
+  const Vec floor(low), ceiling(high);
+  rows.for_each([&](int64_t piece) {
+    double* part = bins ? &sums[piece * 2 * levels] : nullptr;
+    BinSums bin_sums(grid, part, part + levels);
+    float bin[BLOCK + WIDTH], squared[BLOCK + WIDTH];
+    int64_t held = 0;
+    const auto pass_on = [&] {
+      std::fill(bin + held, bin + padded(held), static_cast<float>(grid.qp + grid.gap));
+      bin_sums.add(bin, squared, padded(held));
+      held = 0;
+    };
+    for (int64_t row = rows.begin(piece); row < rows.end(piece); ++row)
+      for (int64_t c = 0; c < channels; c += WIDTH) {
+        const int64_t lanes = std::min(WIDTH, channels - c), at = row * channels + c;
+        const Vec r = at::vec::clamp(affine(Vec::loadu(x + at, lanes), c), floor, ceiling);
+        const Vec u = site.divided(r);
+        const Vec code = site.code<false>(u);
+        (code * site.alpha).store(v_hat + at, lanes);
+        if (bins) {
+          const Vec distance = site.distance(r, u, code);
+          (distance * distance).store(squared + held);
+          site.bin_code(u, code).store(bin + held);
+          if ((held += lanes) > BLOCK - WIDTH) pass_on();
+        }
+      }
+    if (bins) {
+      if (held) pass_on();
+      bin_sums.finish();
+    }
+  });
+}
+
+Tensor eval_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& var,
+                double eps, double low, double high, const Tensor& alpha, int64_t qn, int64_t qp) {
+  check(x, alpha);
+  const Grid grid(qn, qp, false);
+  const Site site(alpha.item<float>(), grid, {false, false, false});
+  Tensor v_hat = at::empty_like(x);
+  std::vector<double> none;
+  quantize(x.const_data_ptr<float>(), v_hat.mutable_data_ptr<float>(), Rows(x),
+           Affine(weight.contiguous(), bias.contiguous(), mean.contiguous(), var.contiguous(), eps),
+           static_cast<float>(low), static_cast<float>(high), site, grid, false, none);
+  return v_hat;
+}
+
+Tensor eval_meta(const Tensor& x, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double, double,
+                 const Tensor&, int64_t, int64_t) {
+  return at::empty_like(x);
+}
+
+Forward forward_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, double low, double high,
+                    const Tensor& alpha, int64_t qn, int64_t qp, bool bins, bool in_steps, bool drop_clipped) {
+  check(x, alpha);
+  const Rows rows(x);
+  const Grid grid(qn, qp, false);
+  const Site site(alpha.item<float>(), grid, {bins, in_steps, drop_clipped});
+  Tensor v_hat = at::empty_like(x), mean = at::empty({rows.channels}, weight.options());
+  Tensor var = at::empty({rows.channels}, weight.options());
+  statistics(x.const_data_ptr<float>(), rows, mean.mutable_data_ptr<float>(), var.mutable_data_ptr<float>());
+  std::vector<double> sums(bins ? rows.pieces * 2 * grid.levels() : 0);
+  quantize(x.const_data_ptr<float>(), v_hat.mutable_data_ptr<float>(), rows,
+           Affine(weight.contiguous(), bias.contiguous(), mean, var, eps), static_cast<float>(low),
+           static_cast<float>(high), site, grid, bins, sums);
+  auto [count, mse] = table_of(sums, rows.pieces, bins ? grid.levels() : 0, x);
+  return {v_hat, mean, var, count, mse};
+}
+
+Forward forward_meta(const Tensor& x, const Tensor& weight, const Tensor&, double, double, double, const Tensor&,
+                     int64_t qn, int64_t qp, bool bins, bool, bool) {
+  const int64_t levels = bins ? Grid(qn, qp, false).levels() : 0;
+  return {at::empty_like(x), at::empty({x.size(1)}, weight.options()), at::empty({x.size(1)}, weight.options()),
+          at::empty({levels}, x.options().dtype(at::kLong)), at::empty({levels}, x.options())};
+}
+
+Backward backward_cpu(const Optional& grad_, const Optional& grad_mse_, const Tensor& x, const Tensor& weight,
+                      const Tensor& bias, const Tensor& mean, const Tensor& var, double eps, double low, double high,
+                      const Tensor& alpha, const Tensor& count, int64_t qn, int64_t qp, double scale, bool in_steps,
+                      bool drop_clipped) {
+  const Rows rows(x);
+  const int64_t channels = rows.channels;
+  const Grid grid(qn, qp, false);
+  const bool bins = grad_mse_.has_value();
+  const Site site(alpha.item<float>(), grid, {bins, in_steps, drop_clipped});
+  const Tensor grad_mse = bins ? grad_mse_->contiguous() : Tensor();
+  const Pulls pulls(grid, bins ? grad_mse.const_data_ptr<float>() : nullptr,
+                    bins ? count.const_data_ptr<int64_t>() : nullptr);
+  const Tensor grad = grad_.has_value() ? grad_->contiguous(at::MemoryFormat::ChannelsLast) : at::zeros_like(x);
+  const Affine affine(weight.contiguous(), bias.contiguous(), mean, var, eps);
+  const float *in = x.const_data_ptr<float>(), *g = grad.const_data_ptr<float>();
+  const float* means = mean.const_data_ptr<float>();
+  auto centre = per_channel(channels);
+  std::copy(means, means + channels, centre.begin());
+  const Vec floor(static_cast<float>(low)), ceiling(static_cast<float>(high));
+  const auto through = [&](const Vec& y, const Vec& dr) { return (y > floor) & (y < ceiling) & dr; };
+
+  // First pass: the sums. Per piece: dbias, dweight * std, and what goes to the two alphas.
+  const int64_t size = 2 * channels + 2;
+  std::vector<double> sums(rows.pieces * size);
+  rows.for_each([&](int64_t piece) {
+    double* part = &sums[piece * size];
+    auto sum = per_channel(channels), product = per_channel(channels);
+    Gradient<false> gradient{site, pulls, bins};
+    const int64_t begin = rows.begin(piece), end = rows.end(piece);
+    for (int64_t block = begin; block < end; block += ROW_BLOCK) {
+      for (int64_t row = block; row < std::min(end, block + ROW_BLOCK); ++row)
+        for (int64_t c = 0; c < channels; c += WIDTH) {
+          const int64_t lanes = std::min(WIDTH, channels - c), at = row * channels + c;
+          const Vec v = Vec::loadu(in + at, lanes), y = affine(v, c);
+          const Vec r = at::vec::clamp(y, floor, ceiling);
+          const Vec dy = through(y, gradient(r, Vec::loadu(g + at, lanes), lanes));
+          (Vec::loadu(&sum[c]) + dy).store(&sum[c]);
+          at::vec::fmadd(dy, v - Vec::loadu(&centre[c]), Vec::loadu(&product[c])).store(&product[c]);
+        }
+      add_to(sum, part, channels);
+      add_to(product, part + channels, channels);
+      gradient.flush(part + 2 * channels, part + 2 * channels + 1);
+    }
+  });
+  std::vector<double> total(size);
+  for (int64_t piece = 0; piece < rows.pieces; ++piece)
+    for (int64_t i = 0; i < size; ++i) total[i] += sums[piece * size + i];
+
+  // Second pass: dx = scale * dy + per_x * x + constant.
+  Tensor grad_weight = at::empty_like(mean), grad_bias = at::empty_like(mean);
+  auto per_x = per_channel(channels), constant = per_channel(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double inverse = 1 / std::sqrt(var.const_data_ptr<float>()[c] + eps);
+    grad_bias.mutable_data_ptr<float>()[c] = static_cast<float>(total[c]);
+    grad_weight.mutable_data_ptr<float>()[c] = static_cast<float>(total[channels + c] * inverse);
+    const double slope = -affine.scale[c] * inverse * inverse * total[channels + c] / rows.count;
+    per_x[c] = static_cast<float>(slope);
+    constant[c] = static_cast<float>(-affine.scale[c] * total[c] / rows.count - slope * means[c]);
+  }
+  Tensor grad_x = at::empty_like(x);
+  float* out = grad_x.mutable_data_ptr<float>();
+  rows.for_each([&](int64_t piece) {
+    Gradient<false> gradient{site, pulls, bins};
+    for (int64_t row = rows.begin(piece); row < rows.end(piece); ++row)
+      for (int64_t c = 0; c < channels; c += WIDTH) {
+        const int64_t lanes = std::min(WIDTH, channels - c), at = row * channels + c;
+        const Vec v = Vec::loadu(in + at, lanes), y = affine(v, c);
+        const Vec r = at::vec::clamp(y, floor, ceiling);
+        const Vec dy = through(y, gradient(r, Vec::loadu(g + at, lanes)));
+        const Vec rest = at::vec::fmadd(v, Vec::loadu(&per_x[c]), Vec::loadu(&constant[c]));
+        at::vec::fmadd(dy, Vec::loadu(&affine.scale[c]), rest).store(out + at, lanes);
+      }
+  });
+  const auto scalar = [&](double value) { return at::empty_like(alpha).fill_(static_cast<float>(value)); };
+  return {grad_x, grad_weight, grad_bias, scalar(scale * total[2 * channels]), scalar(total[2 * channels + 1])};
+}
+
+Backward backward_meta(const Optional&, const Optional&, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                       const Tensor&, const Tensor&, double, double, double, const Tensor& alpha, const Tensor&,
+                       int64_t, int64_t, double, bool, bool) {
+  return {at::empty_like(x), at::empty_like(weight), at::empty_like(bias), at::empty_like(alpha),
+          at::empty_like(alpha)};
+}
+
+const auto& forward_op() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("brqat::norm_lsq_forward", "").typed<decltype(forward_cpu)>();
+  return op;
+}
+
+const auto& backward_op() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("brqat::norm_lsq_backward", "").typed<decltype(backward_cpu)>();
+  return op;
+}
+
+class NormLsq : public torch::autograd::Function<NormLsq> {
+ public:
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
+                                                const Tensor& weight, const Tensor& bias, double eps, double low,
+                                                double high, const Tensor& alpha, const Tensor& alpha_br, int64_t qn,
+                                                int64_t qp, double scale, bool bins, bool in_steps,
+                                                bool drop_clipped) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [v_hat, mean, var, count, mse] =
+        forward_op().call(x, weight, bias, eps, low, high, alpha, qn, qp, bins, in_steps, drop_clipped);
+    ctx->save_for_backward({x, weight, bias, mean, var, alpha, count});
+    ctx->saved_data["integers"] = std::vector<int64_t>{qn, qp, in_steps, drop_clipped};
+    ctx->saved_data["floats"] = std::vector<double>{eps, low, high, scale};
+    ctx->mark_non_differentiable({mean, var, count});
+    ctx->set_materialize_grads(false);
+    return {v_hat, mean, var, count, mse};
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto integers = ctx->saved_data["integers"].toIntVector();
+    const auto floats = ctx->saved_data["floats"].toDoubleVector();
+    const auto optional = [](const Tensor& t) { return t.defined() ? Optional(t) : Optional(); };
+    auto [grad_x, grad_weight, grad_bias, grad_alpha, grad_alpha_br] = backward_op().call(
+        optional(grads[0]), optional(grads[4]), saved[0], saved[1], saved[2], saved[3], saved[4], floats[0], floats[1],
+        floats[2], saved[5], saved[6], integers[0], integers[1], floats[3], integers[2], integers[3]);
+    return {grad_x, grad_weight, grad_bias, {}, {}, {}, grad_alpha, grads[4].defined() ? grad_alpha_br : Tensor(),
+            {}, {}, {}, {}, {}, {}};
+  }
+};
+
+Forward with_grad(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, double low, double high,
+                  const Tensor& alpha, const Tensor& alpha_br, int64_t qn, int64_t qp, double scale, bool bins,
+                  bool in_steps, bool drop_clipped) {
+  auto out = NormLsq::apply(x, weight, bias, eps, low, high, alpha, alpha_br, qn, qp, scale, bins, in_steps,
+                            drop_clipped);
+  return {out[0], out[1], out[2], out[3], out[4]};
+}
+
+Forward without_grad(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, double low, double high,
+                     const Tensor& alpha, const Tensor&, int64_t qn, int64_t qp, double, bool bins, bool in_steps,
+                     bool drop_clipped) {
+  return forward_op().call(x, weight, bias, eps, low, high, alpha, qn, qp, bins, in_steps, drop_clipped);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(brqat, m) {
+  m.def(
+      "norm_lsq(Tensor x, Tensor weight, Tensor bias, float eps, float low, float high, Tensor alpha, Tensor "
+      "alpha_br, int qn, int qp, float scale, bool bins, bool in_steps, bool drop_clipped) -> (Tensor, Tensor, "
+      "Tensor, Tensor, Tensor)");
+  m.def(
+      "norm_lsq_forward(Tensor x, Tensor weight, Tensor bias, float eps, float low, float high, Tensor alpha, int qn, "
+      "int qp, bool bins, bool in_steps, bool drop_clipped) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "norm_lsq_backward(Tensor? grad, Tensor? grad_mse, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor "
+      "var, float eps, float low, float high, Tensor alpha, Tensor count, int qn, int qp, float scale, bool in_steps, "
+      "bool drop_clipped) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "norm_lsq_eval(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var, float eps, float low, float high, "
+      "Tensor alpha, int qn, int qp) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(brqat, CPU, m) {
+  m.impl("norm_lsq", without_grad);
+  m.impl("norm_lsq_forward", forward_cpu);
+  m.impl("norm_lsq_backward", backward_cpu);
+  m.impl("norm_lsq_eval", eval_cpu);
+}
+
+TORCH_LIBRARY_IMPL(brqat, Meta, m) {
+  m.impl("norm_lsq", without_grad);
+  m.impl("norm_lsq_forward", forward_meta);
+  m.impl("norm_lsq_backward", backward_meta);
+  m.impl("norm_lsq_eval", eval_meta);
+}
+
+TORCH_LIBRARY_IMPL(brqat, Autograd, m) { m.impl("norm_lsq", with_grad); }
+
+}  // namespace brqat
