@@ -122,7 +122,8 @@ class _BinTable(torch.autograd.Function):
         distance = as_float(v) - codes * alpha
         lookup = torch.zeros(count.numel() + 1, dtype=distance.dtype, device=v.device)
         lookup[:-1] = 2 * grad_mse / count.clamp(min=1)
-        pull = _look_up(lookup, index).mul_(distance)
+        # What is left out may be infinite, and 0 times that would be NaN.
+        pull = _look_up(lookup, index).mul_(distance).masked_fill_(index == count.numel(), 0)
         grad_alpha = None
         if ctx.needs_input_grad[1]:
             grad_alpha = -(pull * codes).sum_to_size(alpha.shape).to(alpha.dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from brqat import checkpoint
-from brqat.alpha_policy import KINDS, AlphaPolicy, PositiveAlphas
+from brqat.alpha_policy import KINDS, AlphaPolicy
 from brqat.batchnorm import reestimated, running_statistics
 from brqat.dataset.files import Files
 from brqat.dataset.pixels import Pixels
@@ -23,9 +23,9 @@ from brqat.layers import sites
 from brqat.levels import LevelHistory, alpha_gradients, histogram_arrays
 from brqat.metrics import aggregate
 from brqat.progress import progress
-from brqat.quantizer.base import Asked
 from brqat.regularizer.base import Regularizer
 from brqat.schedule import cosine_lr
+from brqat.step import Step
 from brqat.tracking.files import RunFiles
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class Recipe:
     level_pictures: int
     histogram_every: int
     autocast: Callable[[], AbstractContextManager]
+    compiled: bool = False
 
     def for_epochs(self, epochs: int) -> "Recipe":
         """The same for another number of epochs, without a warmup."""
@@ -104,8 +105,17 @@ class Fit:
     def __post_init__(self):
         self.sites = sites(self.model)
         self.optimizer = self.policy.optimizer(self.make_optimizer, self.model, self.sites.values())
-        self.positive = PositiveAlphas(self.sites)
-        self.levels = LevelHistory(self.sites, self.recipe.warmup_epochs)
+        self.step = Step(
+            self.model,
+            self.sites,
+            self.regularizer,
+            self.policy,
+            self.optimizer,
+            self.recipe.autocast,
+            self.recipe.compiled,
+        )
+        self.positive = self.step.positive
+        self.levels = LevelHistory(self.sites, self.step.oscillation, self.recipe.warmup_epochs)
 
     # ---- the loop
 
@@ -135,15 +145,14 @@ class Fit:
         """
         recipe = self.recipe
         regularized = epoch > recipe.warmup_epochs
-        self._record(regularized)
-        self.model.train()
+        self.step.prepare(regularized)
         totals = torch.zeros(4, device=self.device, dtype=torch.float64)
         batches = self.splits.train.epoch(recipe.batch_size, epoch_seed(recipe.seed, epoch))
         for number, (images, labels) in enumerate(batches):
             done = (epoch - 1) * steps + number
             self._set_lr(done / (recipe.epochs * steps))
             strength = self._strength(done, steps) if regularized else None
-            totals += self._step(images, labels, strength)
+            totals += self.step(images, labels, strength)
             bar.advance()
             if number % CHECK_EVERY == CHECK_EVERY - 1 and not math.isfinite(totals[0].item()):
                 raise Diverged(f"the training loss is not finite in epoch {epoch}")
@@ -154,27 +163,6 @@ class Fit:
         acts = [regularized and self.regularizer.lambdas[kind] > 0 for kind in KINDS]
         br, br_act = (value if on else None for value, on in zip(penalties, acts, strict=True))
         return {"train/loss": loss, "train/ce": ce, "train/br": br, "train/br_act": br_act}
-
-    def _step(self, images: Tensor, labels: Tensor, strength: Mapping[str, float] | None) -> Tensor:
-        """One update of weights and alphas. Waits for nothing on the device."""
-        with self.recipe.autocast():
-            logits = self.model(images)
-        ce = nn.functional.cross_entropy(logits.float(), labels)
-        loss, penalties = ce, [ce.new_zeros(()), ce.new_zeros(())]
-        if strength is not None:
-            penalty = self.regularizer(self.sites.values(), self.policy.seen_by_regularizer)
-            for position, kind in enumerate(KINDS):
-                if penalty[position] is not None:
-                    loss = loss + strength[kind] * penalty[position]
-                    penalties[position] = penalty[position]
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        self.positive.guard()
-        self.levels.oscillation.step()
-        for site in self.sites.values():
-            site.seen = None  # lets go of the activations before the next forward makes its own
-        return torch.stack([loss, ce, *penalties]).detach()
 
     # ---- the end of an epoch
 
@@ -373,14 +361,6 @@ class Fit:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
-
-    def _record(self, regularized: bool) -> None:
-        """Weight sites always show their codes, for the oscillation; regularized ones what the regularizer reads."""
-        bins = self.regularizer.bins
-        for site in self.sites.values():
-            acts = regularized and self.regularizer.acts_on(site)
-            site.recording = site.kind == "weight" or (acts and bins is None)
-            site.asked = Asked(bins, self.policy.moves_alpha(site)) if acts and bins is not None else None
 
     def _until_stopped(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in batches:

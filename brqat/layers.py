@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from brqat import kernels
 from brqat.batchnorm import batch_statistics
 from brqat.quantizer.base import Quantizer
 
@@ -24,14 +25,48 @@ SAMPLE_PER_BATCH = 16_384
 FLOAT_BITS = 32
 
 
+class Before(NamedTuple):
+    """What a layer does to its input before quantizing it, for modules of the network that it has taken over."""
+
+    norm: nn.BatchNorm2d  # normalises here; where it stands in the network it lets everything through
+    activation: nn.Module | None
+    low: float  # the activation's bounds
+    high: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = nn.BatchNorm2d.forward(self.norm, x)
+        return y if self.activation is None else self.activation(y)
+
+    def for_kernel(self) -> kernels.Norm:
+        """Counts the batch, as BatchNorm does. momentum None means the average over all batches so far."""
+        norm, momentum = self.norm, self.norm.momentum
+        if norm.training:
+            norm.num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = 1 / norm.num_batches_tracked.item()
+        running = norm.running_mean, norm.running_var
+        return kernels.Norm(norm.weight, norm.bias, *running, momentum, norm.training, norm.eps, self.low, self.high)
+
+
 class QuantConv2d(nn.Conv2d):
     """nn.Conv2d whose input and weight pass a quantizer (nn.Identity where they stay float)."""
 
     weight_quantizer: nn.Module
     input_quantizer: nn.Module
+    before: Before | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+        return self._conv_forward(self._quantized(x), self.weight_quantizer(self.weight), self.bias)
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        if self.before is None:
+            return self.input_quantizer(x)
+        if isinstance(self.input_quantizer, Quantizer):
+            norm = self.before.norm
+            v_hat = self.input_quantizer.after_norm(x, norm.training, self.before.for_kernel)
+            if v_hat is not None:
+                return v_hat
+        return self.input_quantizer(self.before(x))
 
 
 class QuantLinear(nn.Linear):

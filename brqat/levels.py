@@ -92,10 +92,10 @@ class Oscillation:
 class LevelHistory:
     """Measures every site at each evaluation and keeps what the next one compares with."""
 
-    def __init__(self, sites: Mapping[str, Quantizer], warmup_epochs: int):
+    def __init__(self, sites: Mapping[str, Quantizer], oscillation: Oscillation, warmup_epochs: int):
         self.sites = sites
         self.warmup_epochs = warmup_epochs
-        self.oscillation = Oscillation(sites)
+        self.oscillation = oscillation
         self.alphas: dict[str, Tensor] = {}  # at the last evaluation
         self.codes: dict[str, Tensor] = {}  # at the last evaluation, as positions in the grid, uint8
         self.reference: dict[str, Tensor] = {}  # alphas at the end of warmup

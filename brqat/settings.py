@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
+from brqat.kernels import CHOICES as KERNELS
+
 
 class Objective(NamedTuple):
     """What a run may be judged by."""
@@ -67,6 +69,8 @@ class Settings:
     device: str
     threads: int | None
     precision: str
+    compile: bool
+    kernels: str
     objective: str | tuple[str, ...]
     pretrained: str
     pretrain_epochs: int | None
@@ -96,8 +100,11 @@ class Settings:
         for key in ("device", "pretrained", "cache_dir"):
             if not isinstance(getattr(self, key), str):
                 raise ValueError(f"{key}={getattr(self, key)!r} is no text: see conf/train.yaml for what it takes.")
-        if not isinstance(self.resume, bool):
-            raise ValueError(f"resume={self.resume!r} is neither true nor false.")
+        for key in ("resume", "compile"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"{key}={getattr(self, key)!r} is neither true nor false.")
+        if self.kernels not in KERNELS:
+            raise ValueError(f"kernels={self.kernels!r} is not known. Write one of {', '.join(KERNELS)}.")
 
     @classmethod
     def of(cls, top: Mapping, groups: tuple[str, ...]) -> "Settings":

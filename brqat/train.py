@@ -24,7 +24,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from brqat import checkpoint
+from brqat import checkpoint, kernels
 from brqat.alpha_policy import AlphaPolicy
 from brqat.baseline import FloatBaseline
 from brqat.dataset.pixels import check_batch_size
@@ -32,6 +32,7 @@ from brqat.dataset.splits import Splits
 from brqat.devices import claimed_device
 from brqat.files import config_dir, write_whole
 from brqat.fit import Diverged, Fit, Pruned, Recipe, Score, fixed_batches, never
+from brqat.fusion import fuse
 from brqat.interrupt import Interrupted, StopRequest, stop_request
 from brqat.layers import LayerCost, Scheme, calibrate, quantize, sites
 from brqat.levels import recording
@@ -218,6 +219,7 @@ def _run_on(device: torch.device, cfg: DictConfig, parts: Parts, files: RunFiles
     settings, scheme, regularizer, policy, make_optimizer, lr_warmup_epochs = parts
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    used = kernels.choose(settings.kernels, device, Path(settings.cache_dir).expanduser() / "kernels")
     splits: Splits = _make(cfg.dataset, "dataset").to(device)
     check_batch_size(settings.batch_size, len(splits.train))
     recipe = _recipe(settings, lr_warmup_epochs, device)
@@ -231,6 +233,8 @@ def _run_on(device: torch.device, cfg: DictConfig, parts: Parts, files: RunFiles
     def quantized(model: nn.Module) -> list[LayerCost]:
         """Quantizes and calibrates in place; refuses alphas that will run away."""
         costs = quantize(model, next(iter(fixed_batches(splits, recipe, 1))), scheme)
+        if kernels.joins_norms(device):
+            fuse(model)
         calibrate(model, fixed_batches(splits, recipe, settings.calibration_batches))
         if not resuming and settings.epochs > settings.warmup_epochs:  # else BR never comes to act
             _check_stability(model, policy, regularizer, make_optimizer, splits, recipe)
@@ -286,6 +290,7 @@ def _run_on(device: torch.device, cfg: DictConfig, parts: Parts, files: RunFiles
         **_size(scheme, costs),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": fit.kept["threads"],
+        "kernels": used,
         "float_val_acc": fit.kept["float_val_acc"],
         "float_test_acc": fit.kept["float_test_acc"],
     }
@@ -321,6 +326,7 @@ def _recipe(settings: Settings, lr_warmup_epochs: float, device: torch.device) -
         level_pictures=settings.level_pictures,
         histogram_every=settings.histogram_every,
         autocast=partial(torch.autocast, device.type, torch.bfloat16, enabled=settings.precision == "bf16"),
+        compiled=settings.compile,
     )
 
 

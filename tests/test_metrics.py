@@ -329,7 +329,7 @@ def scale_alpha(site, factor):
 def test_evaluate_measures_every_site_over_all_batches(quantized):
     quantized.eval()
     found = sites(quantized)
-    rows, histograms = LevelHistory(found, 0).evaluate(quantized, BATCHES, 1)
+    rows, histograms = LevelHistory(found, Oscillation(found), 0).evaluate(quantized, BATCHES, 1)
     caught = seen_by(quantized, BATCHES)
     assert [r["site"] for r in rows] == list(found) == list(histograms)
     for name, figures in by_site(rows).items():
@@ -350,7 +350,7 @@ def test_evaluate_measures_every_site_over_all_batches(quantized):
 
 def test_flip_rate_is_unknown_first_and_then_the_share_of_codes_that_changed(quantized):
     quantized.eval()
-    found, history = sites(quantized), LevelHistory(sites(quantized), 0)
+    found, history = sites(quantized), LevelHistory(sites(quantized), Oscillation(sites(quantized)), 0)
     first = by_site(history.evaluate(quantized, BATCHES, 1)[0])
     assert {r["flip_rate"] for r in first.values()} == {None}
     before = {n: codes_by_hand(v[0], found[n].alpha, found[n].grid) for n, v in seen_by(quantized, BATCHES).items()}
@@ -370,7 +370,7 @@ def test_flip_rate_is_unknown_first_and_then_the_share_of_codes_that_changed(qua
 
 def test_flip_grid_is_the_share_of_codes_that_alphas_move_alone_changed(quantized):
     quantized.eval()
-    found, history = sites(quantized), LevelHistory(sites(quantized), 0)
+    found, history = sites(quantized), LevelHistory(sites(quantized), Oscillation(sites(quantized)), 0)
     first = by_site(history.evaluate(quantized, BATCHES, 1)[0])
     assert {r["flip_grid"] for r in first.values()} == {0.0}
     moved = {"conv2.weight": 1.4, "conv3.input": 0.6}
@@ -392,7 +392,7 @@ def test_flip_grid_is_the_share_of_codes_that_alphas_move_alone_changed(quantize
 
 def test_alpha_drift_and_path_count_from_the_end_of_warmup(quantized):
     quantized.eval()
-    found, history = sites(quantized), LevelHistory(sites(quantized), 2)
+    found, history = sites(quantized), LevelHistory(sites(quantized), Oscillation(sites(quantized)), 2)
     seen = []
     for epoch, factor in ((0, 1.0), (1, 3.0), (2, 1.5), (3, 2.0), (4, 0.25), (5, 1.0)):
         for site in found.values():
@@ -409,7 +409,7 @@ def test_alpha_drift_and_path_count_from_the_end_of_warmup(quantized):
 
 def test_without_warmup_the_alphas_given_to_the_history_are_the_reference(quantized):
     quantized.eval()
-    history = LevelHistory(sites(quantized), 0)
+    history = LevelHistory(sites(quantized), Oscillation(sites(quantized)), 0)
     for site in sites(quantized).values():
         scale_alpha(site, 0.5)
     for r in history.evaluate(quantized, BATCHES[:1], 1)[0]:
@@ -421,7 +421,7 @@ def test_drift_of_alphas_per_channel_is_their_mean(pictures):
     model = TinyNet().eval()
     scheme = lsq_scheme(per_channel=True)
     quantize(model, pictures, scheme._replace(inner=scheme.inner._replace(act=None), outer=None))
-    history = LevelHistory(sites(model), 0)
+    history = LevelHistory(sites(model), Oscillation(sites(model)), 0)
     site, factors = sites(model)["conv2.weight"], torch.tensor([1.0, 2.0, 0.5, 4.0, 1.0, 1.0, 1.0, 0.5])
     scale_alpha(site, factors.view(8, 1, 1, 1))
     figures = by_site(history.evaluate(model, [pictures], 1)[0])["conv2.weight"]
@@ -432,7 +432,7 @@ def test_drift_of_alphas_per_channel_is_their_mean(pictures):
 
 def test_dead_bins_are_those_empty_in_five_evaluations_running(quantized):
     quantized.eval()
-    history, alpha = LevelHistory(sites(quantized), 0), sites(quantized)["conv2.weight"].alpha.item()
+    history, alpha = LevelHistory(sites(quantized), Oscillation(sites(quantized)), 0), sites(quantized)["conv2.weight"].alpha.item()
     full = torch.linspace(-2, 1, 576).view(8, 8, 3, 3) * alpha
     without_lowest, without_ends = full.clamp(min=-alpha), full.clamp(-alpha, 0)
     dead = []
@@ -459,7 +459,7 @@ def train_step(model, history, seed):
 def test_state_dict_round_trip_gives_the_same_next_evaluation(quantized, tmp_path):
     quantized.eval()
     found = sites(quantized)
-    history = LevelHistory(found, 1)
+    history = LevelHistory(found, Oscillation(found), 1)
     for epoch in range(6):
         for step in range(4):
             train_step(quantized, history, 10 * epoch + step)
@@ -467,7 +467,7 @@ def test_state_dict_round_trip_gives_the_same_next_evaluation(quantized, tmp_pat
         history.evaluate(quantized, BATCHES, epoch)
     train_step(quantized, history, 98)
     checkpoint.save(tmp_path / "history.pt", history.state_dict())
-    resumed = LevelHistory(found, 1)
+    resumed = LevelHistory(found, Oscillation(found), 1)
     resumed.load_state_dict(checkpoint.load(tmp_path / "history.pt"))
     weights = copy.deepcopy(quantized.state_dict())
     scale_alpha(found["conv2.weight"], 1.3)
@@ -484,7 +484,7 @@ def test_state_dict_round_trip_gives_the_same_next_evaluation(quantized, tmp_pat
     figures = by_site(rows)["conv2.weight"]
     assert min(figures[key] for key in ("flip_rate", "flip_rate_step", "oscillation", "flip_grid", "alpha_path")) > 0
     # A history that was not resumed says something else, so that the comparison above can fail.
-    assert finite(LevelHistory(found, 1).evaluate(quantized, BATCHES, 6)[0]) != finite(rows)
+    assert finite(LevelHistory(found, Oscillation(found), 1).evaluate(quantized, BATCHES, 6)[0]) != finite(rows)
 
 
 def pull_by_hand(v, alpha, grid):

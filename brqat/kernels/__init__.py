@@ -94,3 +94,61 @@ def lsq(
         v, alpha, alpha_br, grid.qn, grid.qp, grid.gap == 2, scale, codes, bins is not None, steps, drop
     )
     return OnePass(v_hat, stored if codes else None, *((count, mse) if bins else (None, None)))
+
+
+class Norm(NamedTuple):
+    """A BatchNorm and the bounds of the activation after it: y = norm(x), r = min(max(y, low), high)."""
+
+    weight: Tensor  # (C,), like all below
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    momentum: float  # of the running statistics: the share of the new
+    training: bool  # normalise by the batch and let the running statistics follow
+    eps: float
+    low: float
+    high: float
+
+
+def joins_norms(device: torch.device) -> bool:
+    """Whether there is a norm_lsq for the device."""
+    return _chosen == "native" and device.type == "cpu"
+
+
+def takes_norm(x: Tensor, alpha: Tensor, grid: Grid, training: bool) -> bool:
+    """Whether norm_lsq can be called with these."""
+    return (
+        _chosen == "native"
+        and x.is_cpu
+        and x.dtype == torch.float32
+        and x.dim() == 4
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and alpha.numel() == 1
+        and grid.gap == 1
+        and (training or not torch.is_grad_enabled())
+    )
+
+
+def norm_lsq(
+    x: Tensor, norm: Norm, alpha: Tensor, alpha_br: Tensor, grid: Grid, scale: float, bins: Bins | None
+) -> OnePass:
+    """BatchNorm, activation and lsq in one.
+
+    x: (N, C, H, W). As lsq otherwise, of r; running_mean and running_var are updated in training, and bins are for
+    training only.
+    """
+    bounds = norm.eps, norm.low, norm.high
+    if not norm.training:
+        assert bins is None, "tables are for training"
+        running = norm.running_mean, norm.running_var
+        v_hat = torch.ops.brqat.norm_lsq_eval(x, norm.weight, norm.bias, *running, *bounds, alpha, grid.qn, grid.qp)
+        return OnePass(v_hat, None, None, None)
+    steps, drop = bins or (False, False)
+    v_hat, mean, var, count, mse = torch.ops.brqat.norm_lsq(
+        x, norm.weight, norm.bias, *bounds, alpha, alpha_br, grid.qn, grid.qp, scale, bins is not None, steps, drop
+    )
+    with torch.no_grad():
+        values = x.numel() // x.shape[1]
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(var * (values / (values - 1)), norm.momentum)  # unbiased, as BatchNorm keeps it
+    return OnePass(v_hat, None, *((count, mse) if bins else (None, None)))

@@ -1,6 +1,7 @@
 """A site: one place in the network where a tensor is fake-quantized, with its grid and its step size alpha."""
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from brqat import kernels
 from brqat.bins import BinTable, site_table
 from brqat.grid import Grid
-from brqat.kernels import Bins
+from brqat.kernels import Bins, Norm
 
 Kind = Literal["weight", "act"]
 STARTS = ("lsq", "mse")
@@ -93,7 +94,7 @@ class Quantizer(nn.Module):
         v_hat, codes, table = Quantized(*self.fake_quantize(v))
         asked = self.asked_now
         if asked is not None and table is None:
-            table = site_table(v, codes, self._alpha_br(asked), self.grid, asked.bins)
+            table = site_table(v, codes, self.alpha_seen_by(asked), self.grid, asked.bins)
         if self.recording:
             self.seen = Seen(v.shape, v, codes, table)
         elif asked is not None:
@@ -105,18 +106,25 @@ class Quantizer(nn.Module):
         """The regularizer speaks in training only."""
         return self.asked if self.training else None
 
-    def _alpha_br(self, asked: Asked | None) -> Tensor:
+    def alpha_seen_by(self, asked: Asked | None) -> Tensor:
         return self.alpha if asked and asked.moves_alpha else self.alpha.detach()
 
     def one_pass(self, v: Tensor, scale: float) -> Quantized | None:
         """v quantized by the kernel for this site's grid; None where plain PyTorch has to do it."""
         asked = self.asked_now
         out = kernels.lsq(
-            v, self.alpha, self._alpha_br(asked), self.grid, scale, self.recording, asked and asked.bins
+            v, self.alpha, self.alpha_seen_by(asked), self.grid, scale, self.recording, asked and asked.bins
         )
         if out is None:
             return None
         return Quantized(out.v_hat, out.codes, asked and BinTable(out.count, out.mse))
+
+    def after_norm(self, x: Tensor, training: bool, norm: Callable[[], Norm]) -> Tensor | None:
+        """v_hat of the normalised and activated x in one pass; None where that has to be done step by step.
+
+        training: whether BatchNorm normalises by the batch. norm: makes what the kernel needs, and counts the batch.
+        """
+        return None
 
     @torch.no_grad()
     def start(self, mean_abs: Tensor, sample: Tensor, signed: bool) -> None:

@@ -10,12 +10,16 @@ The mask is written out. torch.clamp's gradient at its bounds differs between to
 Regularization pushes weights exactly onto qn * alpha and qp * alpha.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from brqat.bins import as_float
+from brqat import kernels
+from brqat.bins import BinTable, as_float
 from brqat.grid import Grid, uniform_grid
-from brqat.quantizer.base import Quantized, Quantizer, gradient_scale
+from brqat.kernels import Norm
+from brqat.quantizer.base import Quantized, Quantizer, Seen, gradient_scale
 
 
 def lsq(v: Tensor, alpha: Tensor, grid: Grid, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -75,3 +79,16 @@ class LSQ(Quantizer):
     def fake_quantize(self, v: Tensor) -> Quantized | tuple[Tensor, Tensor]:
         scale = gradient_scale(v, self.kind, self.alpha, self.grid.qp)
         return self.one_pass(v, scale) or lsq(v, self.alpha, self.grid, scale)
+
+    def after_norm(self, x: Tensor, training: bool, norm: Callable[[], Norm]) -> Tensor | None:
+        # Recording needs the values between, and the kernel knows no formula but this file's.
+        own = type(self).fake_quantize is not LSQ.fake_quantize
+        if own or self.recording or not kernels.takes_norm(x, self.alpha, self.grid, training):
+            return None
+        asked = self.asked_now
+        scale = gradient_scale(x, self.kind, self.alpha, self.grid.qp)
+        bins = asked and asked.bins
+        out = kernels.norm_lsq(x, norm(), self.alpha, self.alpha_seen_by(asked), self.grid, scale, bins)
+        if asked is not None:
+            self.seen = Seen(x.shape, None, None, BinTable(out.count, out.mse))
+        return out.v_hat

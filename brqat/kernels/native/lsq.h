@@ -233,7 +233,8 @@ struct Gradient {
     Vec grad = SIGN ? from_above : inside & from_above;
     alpha = at::vec::fmadd(from_above, SIGN ? c : c - (inside & u), alpha);
     if (bins) {
-      const Vec pull = pulls(site.bin_code(u, c)) * site.distance(v, u, c) * site.per_unit;
+      Vec pull = pulls(site.bin_code(u, c)) * site.distance(v, u, c) * site.per_unit;
+      if (site.drop_clipped) pull = (u >= site.qn) & (u <= site.qp) & pull;  // 0 times infinity would be NaN
       grad = grad + pull;
       alpha_br = at::vec::fmadd(pull, site.in_steps ? u : c, alpha_br);
     }

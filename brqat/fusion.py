@@ -1,0 +1,99 @@
+"""BatchNorm, its activation and the quantizer behind it as one pass, where the network's graph allows.
+
+    conv -> norm -> relu -> QuantConv2d            becomes            conv -> QuantConv2d(before=(norm, relu))
+
+where nothing else reads what norm and relu give. The two stay in the network under their names, so that a state_dict
+keeps its keys, but let everything through: the quantized layer behind them does their work, in one pass where a kernel
+is at hand (kernels.norm_lsq) and one after the other where it is not.
+"""
+
+import logging
+import math
+
+import torch
+from torch import Tensor, fx, nn
+
+from brqat.layers import QUANTIZED, Before, QuantConv2d
+from brqat.model.activation import ClippedReLU
+
+log = logging.getLogger(__name__)
+
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, ClippedReLU)
+
+
+class DeferredNorm(nn.BatchNorm2d):
+    """A BatchNorm that lets x through: its work is done by the layer behind it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Deferred(nn.Identity):
+    """In the place of an activation whose work is done by the layer behind it."""
+
+
+def fuse(model: nn.Module) -> int:
+    """Moves every BatchNorm (with its activation) that feeds one QuantConv2d alone into that layer, in place.
+
+    Returns how many. A network that torch.fx cannot follow is left as it is.
+    """
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:  # control flow on values, unusual signatures: whatever forward does
+        log.info("BatchNorm stays apart from quantization: this network's graph cannot be followed (%s)", error)
+        return 0
+    calls: dict[nn.Module, int] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            called = model.get_submodule(node.target)
+            calls[called] = calls.get(called, 0) + 1
+    fused = 0
+    for node in graph.nodes:
+        if _module(model, node, QuantConv2d) and _once(model, node, calls):
+            fused += _take_in(model, node, calls)
+    return fused
+
+
+def _take_in(model: nn.Module, layer: fx.Node, calls: dict[nn.Module, int]) -> bool:
+    activation, norm = None, layer.args[0]
+    if _module(model, norm, ACTIVATIONS):
+        activation, norm = norm, norm.args[0]
+    parts = [node for node in (activation, norm) if node is not None]
+    if not _module(model, norm, nn.BatchNorm2d) or not all(_alone(model, node, calls) for node in parts):
+        return False
+    batch_norm: nn.BatchNorm2d = model.get_submodule(norm.target)
+    if type(batch_norm) is not nn.BatchNorm2d or not batch_norm.affine or not batch_norm.track_running_stats:
+        return False
+    deferred = DeferredNorm(batch_norm.num_features, batch_norm.eps, batch_norm.momentum, device="meta")
+    for key, value in (*batch_norm.named_parameters(), *batch_norm.named_buffers()):
+        setattr(deferred, key, value)
+    deferred.train(batch_norm.training)
+    model.set_submodule(norm.target, deferred)
+    act = None
+    if activation is not None:
+        act = model.get_submodule(activation.target)
+        model.set_submodule(activation.target, Deferred())
+    low, high = (-math.inf, math.inf) if act is None else (0.0, getattr(act, "max_val", math.inf))
+    model.get_submodule(layer.target).before = Before(deferred, act, low, high)
+    return True
+
+
+def _module(model: nn.Module, node, kinds) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_module" and isinstance(model.get_submodule(node.target), kinds)
+
+
+def _once(model: nn.Module, node: fx.Node, calls: dict[nn.Module, int]) -> bool:
+    """Called once in a forward, and known by one name."""
+    module = model.get_submodule(node.target)
+    names = [name for name, m in model.named_modules(remove_duplicate=False) if m is module]
+    return calls[module] == 1 and len(names) == 1
+
+
+def _alone(model: nn.Module, node: fx.Node, calls: dict[nn.Module, int]) -> bool:
+    """Called once, and read by one node."""
+    return _once(model, node, calls) and len(node.users) == 1 and not model.get_submodule(node.target)._forward_hooks
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, QUANTIZED) or super().is_leaf_module(module, name)
