@@ -251,11 +251,7 @@ def _bin(u, c, exists, QN: tl.constexpr, QP: tl.constexpr, DROP_CLIPPED: tl.cons
 
 @triton.jit
 def _distance(v, alpha, u, c, IN_STEPS: tl.constexpr):
-    if IN_STEPS:
-        d = u - c
-    else:
-        d = v - c * alpha
-    return d
+    return u - c if IN_STEPS else v - c * alpha
 
 
 @triton.jit
