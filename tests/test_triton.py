@@ -362,6 +362,6 @@ def test_compiled_on_cuda_is_one_graph_with_the_same_results():
 
 
 if __name__ == "__main__":
-    failed = run_all("cpu", 68)
+    failed = run_all("cpu", 56)
     print(*failed, sep="\n")
     sys.exit(bool(failed))

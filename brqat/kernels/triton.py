@@ -54,7 +54,8 @@ def lsq(
 # Opaque custom ops with register_autograd, rather than an autograd.Function around triton_op: torch.compile then puts
 # one node into its graph and traces neither the ctx nor the launches, the same code serves CUDA and, through
 # Triton's interpreter, the CPU, and there is nothing around the kernels that Inductor could fuse into them anyway.
-# An op must return tensors: what was not asked for comes back with no elements.
+# An op must return tensors: what was not asked for comes back with no elements. alpha_br and scale are inputs for
+# autograd's sake alone.
 @torch.library.custom_op("brqat::lsq_triton", mutates_args=())
 def _forward(
     v: Tensor,
@@ -78,7 +79,8 @@ def _forward(
     if bins:
         counts = torch.empty(programs, num_levels, dtype=torch.int32, device=v.device)
         totals = torch.empty(programs, num_levels, dtype=torch.float32, device=v.device)
-    with torch.cuda.device_of(v):
+    with torch.cuda.device_of(v):  # Triton launches on the current device, wherever the tensors are
+        # No fused multiply-add: it would skip the rounding of c * alpha, and the distances would not be the plain ones.
         _forward_kernel[(programs,)](
             v, alpha.contiguous(), v_hat, stored if codes else None, counts, totals, row, per_row,
             alpha.numel() > 1, qn, qp, in_steps, drop_clipped, block, num_warps=warps, enable_fp_fusion=False,
@@ -233,7 +235,7 @@ def _quantize(v_ptr, alpha_ptr, at, exists, channel, QN: tl.constexpr, QP: tl.co
     v = tl.load(v_ptr + at, mask=exists, other=0.0).to(tl.float32)
     alpha = tl.load(alpha_ptr + channel)
     # The operator `/` is good to 2 ulp on a GPU, which near a half step is another code.
-    u = tl.div_rn(v, alpha + tl.zeros_like(v))
+    u = tl.div_rn(v, alpha)
     # Comparisons, not min and max: a NaN passes through on every device.
     c = tl.where(u < QN, QN * 1.0, tl.where(u > QP, QP * 1.0, u))
     c = (c + _NO_FRACTION) - _NO_FRACTION
@@ -270,10 +272,10 @@ def _forward_kernel(
         d = _distance(v, alpha, u, c, IN_STEPS)
         square = d * d
         first = tl.program_id(0).to(tl.int64) * (QP - QN + 1)
-        # A compare, two selects and two adds per element and level, all in registers. At the 4 to 16 levels where
-        # bins are asked for, that hides behind the reading of v. At 256 it takes several times as long as the
-        # reading, still in one pass; sorting or shared-memory atomics would be faster there and less plain, and
-        # atomics on floats would add in another order every time. A loop, not unrolled: 256 bodies compile for long.
+        # A compare, two selects and two adds per element and level, in registers, and two block sums per level: a
+        # handful of levels, as in low-bit training, should hide behind the reading of v. At 256 the arithmetic rules,
+        # by count some ten times the reading; atomics in shared memory would do less of it, but add floats in
+        # another order every time. A loop, not unrolled: 256 bodies would compile for long.
         for i in range(QP - QN + 1):
             member = index == i
             tl.store(counts_ptr + first + i, tl.sum(member.to(tl.int32), 0))
@@ -305,7 +307,7 @@ def _backward_kernel(
             along = tl.where(index >= 0, u if IN_STEPS else c, 0.0)
             tl.store(sums_br_ptr + tl.program_id(0), tl.sum(pull * along, 0))
         if IN_STEPS:
-            pull = tl.div_rn(pull, alpha + tl.zeros_like(v))
+            pull = tl.div_rn(pull, alpha)
         grad_v += pull
     if grad_v_ptr is not None:
         tl.store(grad_v_ptr + at, grad_v.to(grad_v_ptr.dtype.element_ty), mask=exists)
