@@ -8,8 +8,9 @@ What is held:
     v_hat, codes, count, dv     every element the same as the plain float32 formula, whatever the device: the kernels
                                 round where it rounds. In 16 bits, that result rounded once.
     mse, dalpha                 sums in another order than the reference, which runs in float64. Each term and each
-                                block's sum carries a few float32 roundings of 2^-24 of its operands, some
-                                20 in all (16 in a row per thread, then a tree): the bound is 32 of them.
+                                block's sum carries float32 roundings of 2^-24 of its operands: three or four in
+                                a term, some 25 in a sum (16 in a row per thread, then a tree). They do not all
+                                point one way; the bound allows 8.
 """
 
 import itertools
@@ -34,7 +35,7 @@ triton = pytest.importorskip("triton")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 SCALE = 0.37
-ROUNDINGS = 32 * 2.0**-24
+ROUNDINGS = 8 * 2.0**-24
 
 
 class Case(NamedTuple):
@@ -45,7 +46,8 @@ class Case(NamedTuple):
     per_channel: bool
     dtype: torch.dtype
     bins: Bins | None
-    alpha_br: str  # same: alpha itself; own: another leaf of the same value; detached
+    # same: alpha itself; own: another leaf of the same value; only: such a leaf while alpha is frozen; detached; frozen
+    alpha_br: str
     grads: str  # both, v_hat, mse: which results the loss uses
     special: str  # none, nan, inf, edges (ties and ends, an alpha that is a power of two), ends (q * alpha, any alpha)
     codes: bool
@@ -74,7 +76,7 @@ def cases(number: int) -> list[Case]:
                 per_channel=len(shape) > 1 and draw.random() < 0.5,
                 dtype=draw.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16]),
                 bins=bins,
-                alpha_br=draw.choice(["same", "own", "detached"]),
+                alpha_br=draw.choice(["same", "same", "own", "own", "only", "detached", "frozen"]),
                 grads="v_hat" if bins is None else draw.choice(["both", "both", "v_hat", "mse"]),
                 special=draw.choice(["none", "nan", "inf", "edges", "ends"]),
                 codes=draw.random() < 0.7,
@@ -124,9 +126,15 @@ def inputs(case: Case, seed: int):
 
 
 def leaves(v, alpha, case):
-    v, alpha = v.detach().requires_grad_(case.needs_v), alpha.detach().clone().requires_grad_()
+    v = v.detach().requires_grad_(case.needs_v)
+    alpha = alpha.detach().clone().requires_grad_(case.alpha_br not in ("only", "frozen"))
     own = alpha.detach().clone().requires_grad_()
-    return v, alpha, own, {"same": alpha, "own": own, "detached": alpha.detach()}[case.alpha_br]
+    return (
+        v,
+        alpha,
+        own,
+        own if case.alpha_br in ("own", "only") else alpha if case.alpha_br == "same" else alpha.detach(),
+    )
 
 
 def gradients(v_hat, mse, v, alpha, own, grad, grad_mse, case):
@@ -138,9 +146,9 @@ def gradients(v_hat, mse, v, alpha, own, grad, grad_mse, case):
     if not wanted:
         return [None] * 3
     results, upstream = zip(*wanted, strict=True)
-    asked = [v, alpha, own] if v.requires_grad else [alpha, own]
-    found = torch.autograd.grad(results, asked, upstream, allow_unused=True)
-    return list(found) if v.requires_grad else [None, *found]
+    asked = [leaf for leaf in (v, alpha, own) if leaf.requires_grad]
+    found = iter(torch.autograd.grad(results, asked, upstream, allow_unused=True))
+    return [next(found) if leaf.requires_grad else None for leaf in (v, alpha, own)]
 
 
 def plain(v, alpha, grid, grad, grad_mse, case):
@@ -349,7 +357,7 @@ def test_kernels_compile_for_a_gpu_and_round_as_written(dtype):
 @pytest.mark.gpu
 @needs_cuda
 def test_kernels_on_cuda_equal_the_plain_formulas():
-    wrong = run_all("cuda", 300)
+    wrong = run_all("cuda", 150)
     assert not wrong, "\n".join(wrong)
 
 
