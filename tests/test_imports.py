@@ -18,6 +18,7 @@ STAIRCASE = [
     {"regularizer"},
     {"quantizer"},
     {"bins", "model", "dataset", "schedule", "tracking"},
+    {"kernels"},
     {"grid", "files", "devices"},
 ]
 STEP = {room: height for height, rooms in enumerate(STAIRCASE) for room in rooms}
