@@ -325,18 +325,15 @@ def test_draw_outside_the_set_is_an_error_not_a_crash(feed, name, wrong):
 
 def test_tensors_that_feed_cannot_read_are_refused(feed):
     images, draws = torch.zeros(4, 3, 6, 6, dtype=torch.uint8), Draws.unchanged(torch.arange(4))
-    for change in (
-        {"images": images.float()},
-        {"images": images[0]},
-        {"draws": draws._replace(order=draws.order.int())},
-        {"draws": draws._replace(flip=draws.flip[:3])},
-        {"draws": draws._replace(top=torch.zeros(8, dtype=torch.int64)[::2])},
-    ):
-        with pytest.raises(RuntimeError):
-            feed(**{"images": images, "draws": draws, "augment": UNCHANGED} | change, mean=any_statistics(3)[0],
-                 std=any_statistics(3)[1])  # fmt: skip
+    for wrong_images in (images.float(), images[0]):
+        with pytest.raises(RuntimeError, match=r"images \(N, C, H, W\) of uint8"):
+            feed(wrong_images, draws, UNCHANGED, *any_statistics(3))
     with pytest.raises(RuntimeError, match=r"table \(C, 256\)"):
         feed(images, draws, UNCHANGED, *any_statistics(2))
+    strided = torch.zeros(8, dtype=torch.int64)[::2]
+    for wrong in ({"order": draws.order.int()}, {"flip": draws.flip[:3]}, {"top": strided}):
+        with pytest.raises(RuntimeError, match=r"draws \(B,\)|expected scalar type Long"):
+            feed(images, draws._replace(**wrong), UNCHANGED, *any_statistics(3))
     assert feed(images, Draws.unchanged(torch.arange(0)), UNCHANGED, *any_statistics(3)).shape == (0, 3, 6, 6)
 
 
