@@ -219,7 +219,7 @@ def _run_on(device: torch.device, cfg: DictConfig, parts: Parts, files: RunFiles
     settings, scheme, regularizer, policy, make_optimizer, lr_warmup_epochs = parts
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    used = kernels.choose(settings.kernels, device, Path(settings.cache_dir).expanduser() / "kernels")
+    used = kernels.choose(settings.kernels, device)
     splits: Splits = _make(cfg.dataset, "dataset").to(device)
     check_batch_size(settings.batch_size, len(splits.train))
     recipe = _recipe(settings, lr_warmup_epochs, device)
@@ -233,7 +233,7 @@ def _run_on(device: torch.device, cfg: DictConfig, parts: Parts, files: RunFiles
     def quantized(model: nn.Module) -> list[LayerCost]:
         """Quantizes and calibrates in place; refuses alphas that will run away."""
         costs = quantize(model, next(iter(fixed_batches(splits, recipe, 1))), scheme)
-        if kernels.joins_norms(device):
+        if kernels.native_on(device):
             fuse(model)
         calibrate(model, fixed_batches(splits, recipe, settings.calibration_batches))
         if not resuming and settings.epochs > settings.warmup_epochs:  # else BR never comes to act

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from brqat import kernels
 from brqat.layers import Makers, Scheme, calibrate, quantize
 from brqat.quantizer.lsq import LSQ
 
@@ -37,6 +38,22 @@ class TinyNet(nn.Module):
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.conv2(x))
         return self.fc(self.conv3(x).relu().mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def plain_kernels():
+    """A run chooses its kernels for the process: the next test begins with the reference again."""
+    yield
+    kernels.choose("torch", torch.device("cpu"))
+
+
+@pytest.fixture
+def native():
+    """The C++ kernels in use, built if need be."""
+    try:
+        kernels.choose("native", torch.device("cpu"))
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -35,3 +35,23 @@ def test_the_benchmark_of_the_report_prints_its_table(tmp_path):
     assert [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")][1:] == [
         "first", "second", "one in a hundred changed", "tables only",
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["--json"], []])
+def test_the_benchmark_of_feeding_prints_its_figures(words):
+    program = [sys.executable, str(REPO / "benchmarks/feed.py"), "--images", "300", "--repeats", "2", "--threads", "1"]
+    done = subprocess.run(
+        [*program, *words], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(REPO)}
+    )
+    if "takes a C++ compiler" in done.stderr:
+        pytest.skip("no C++ compiler")
+    assert done.returncode == 0, done.stderr
+    names = ["DataLoader, 2 workers", "plain torch", "native"]
+    if not words:
+        assert [row.split("|")[1].strip() for row in done.stdout.splitlines() if row.startswith("| ")][1:] == names
+        return
+    figures = json.loads(done.stdout)
+    assert list(figures["images_per_second"]) == names and list(figures["ratio"]) == names[1:]
+    assert all(row["low"] <= row["median"] <= row["high"] for row in figures["ratio"].values())
+    assert set(figures["machine"]) == {"cpu", "cores", "threads", "python", "torch", "date"}

@@ -18,10 +18,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 from scipy.stats import chisquare
 
+from brqat import kernels
 from brqat.dataset import cache
-from brqat.dataset.augment import Augment, crop_flip
+from brqat.dataset.augment import UNCHANGED, Augment, Draws, crop_flip
 from brqat.dataset.files import Files
-from brqat.dataset.pixels import Pixels, count_levels, mean_std
+from brqat.dataset.pixels import Pixels, count_levels, mean_std, plain, value_table
 from brqat.dataset.splits import stratified
 
 CONF = Path(__file__).parent.parent / "conf" / "dataset"
@@ -245,6 +246,93 @@ def test_training_images_have_zero_mean_and_unit_variance():
     images = torch.cat([images for images, _ in train.in_order(500)]).double()
     torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(3).double(), rtol=0, atol=1e-6)
     torch.testing.assert_close(images.std((0, 2, 3), correction=0), torch.ones(3).double(), rtol=0, atol=1e-6)
+
+
+# ---- batches in one pass
+
+
+@pytest.fixture
+def feed(native):
+    """The C++ with the signature of `plain`."""
+
+    def made(images, draws, augment, mean, std):
+        return torch.ops.brqat.feed(images, *draws, augment.reach, value_table(mean, std))
+
+    return made
+
+
+def any_statistics(channels):
+    generator = torch.Generator().manual_seed(channels)
+    return torch.rand(channels, generator=generator), torch.rand(channels, generator=generator) + 0.1
+
+
+AUGMENTS = [UNCHANGED, *(Augment(kind, pad) for kind in ("crop", "crop_flip") for pad in (1, 2, 3, 4, 9))]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("augment", AUGMENTS, ids=lambda a: f"{a.kind}-{a.pad}")
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 5, 7), (1, 9, 4), (2, 6, 3), (5, 1, 1), (4, 8, 8)])
+def test_one_pass_equals_plain_to_the_last_bit(feed, shape, augment, threads):
+    images = torch.randint(0, 256, (70, *shape), dtype=torch.uint8)
+    statistics = any_statistics(shape[0])
+    draws = augment.draw(70, seed=4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for batch_size in (1, 64):
+            for batch in draws.batches(batch_size):
+                ours, theirs = (way(images, batch, augment, *statistics) for way in (feed, plain))
+                assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
+                assert ours.stride() == theirs.stride()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_one_pass_meets_every_pixel_value_and_every_corner(feed):
+    """With statistics of real pictures; images of any memory format, as they come from files and from indexing."""
+    augment = Augment("crop_flip", 2)
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 3, 1, 1)
+    top, left, flip = torch.cartesian_prod(torch.arange(5), torch.arange(5), torch.arange(2)).T.contiguous()
+    draws = Draws(torch.zeros(50, dtype=torch.int64), top, left, flip.bool())
+    statistics = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
+    expected = plain(images, draws, augment, *statistics)
+    last, step = images.to(memory_format=torch.channels_last), images.repeat_interleave(2, dim=3)[..., ::2]
+    for way in (images, last, step):
+        assert torch.equal(feed(way, draws, augment, *statistics), expected)
+
+
+def test_epochs_and_evaluations_are_those_of_plain_torch(feed, monkeypatch):
+    pixels = small_pixels(30)
+    epoch, in_order, some = list(pixels.epoch(7, seed=3)), list(pixels.in_order(7)), list(pixels.in_order(7, limit=9))
+    called = []
+    monkeypatch.setattr("brqat.dataset.pixels.plain", lambda *given: called.append(1) or plain(*given))
+    kernels.choose("torch", torch.device("cpu"))
+    assert same_batches(epoch, pixels.epoch(7, seed=3)) and same_batches(in_order, pixels.in_order(7))
+    assert same_batches(some, pixels.in_order(7, limit=9))
+    assert len(called) == 4 + 5 + 2
+
+
+@pytest.mark.parametrize("name, wrong", [("order", 10), ("order", -1), ("top", 5), ("top", -1), ("left", 5)])
+def test_draw_outside_the_set_is_an_error_not_a_crash(feed, name, wrong):
+    images = torch.zeros(10, 3, 6, 6, dtype=torch.uint8)
+    draws = Augment("crop_flip", 2).draw(10, seed=0)
+    getattr(draws, name)[3] = wrong
+    with pytest.raises(IndexError, match=rf"image {wrong} of 10" if name == "order" else rf"corner.*{wrong}.*pad 2"):
+        feed(images, draws, Augment("crop_flip", 2), *any_statistics(3))
+
+
+def test_tensors_that_feed_cannot_read_are_refused(feed):
+    images, draws = torch.zeros(4, 3, 6, 6, dtype=torch.uint8), Draws.unchanged(torch.arange(4))
+    for wrong_images in (images.float(), images[0]):
+        with pytest.raises(RuntimeError, match=r"images \(N, C, H, W\) of uint8"):
+            feed(wrong_images, draws, UNCHANGED, *any_statistics(3))
+    with pytest.raises(RuntimeError, match=r"table \(C, 256\)"):
+        feed(images, draws, UNCHANGED, *any_statistics(2))
+    strided = torch.zeros(8, dtype=torch.int64)[::2]
+    for wrong in ({"order": draws.order.int()}, {"flip": draws.flip[:3]}, {"top": strided}):
+        with pytest.raises(RuntimeError, match=r"draws \(B,\)|expected scalar type Long"):
+            feed(images, draws._replace(**wrong), UNCHANGED, *any_statistics(3))
+    assert feed(images, Draws.unchanged(torch.arange(0)), UNCHANGED, *any_statistics(3)).shape == (0, 3, 6, 6)
 
 
 # ---- splits

@@ -24,13 +24,24 @@ class Draws(NamedTuple):
     left: Tensor  # (N,) int64, pixels, in [0, 2 * pad]
     flip: Tensor  # (N,) bool
 
+    @classmethod
+    def unchanged(cls, order: Tensor) -> "Draws":
+        """The images that `order` (N,) names, whole and not mirrored."""
+        corner = torch.zeros_like(order)
+        return cls(order, corner, corner, torch.zeros_like(order, dtype=torch.bool))
+
     def to(self, device: torch.device | str) -> "Draws":
         return Draws(*(field.to(device) for field in self))
 
+    def batches(self, batch_size: int) -> Iterator["Draws"]:
+        """Consecutive batches, the last one of what is left."""
+        for start in range(0, len(self.order), batch_size):
+            yield Draws(*(field[start : start + batch_size] for field in self))
+
     def full_batches(self, batch_size: int) -> Iterator["Draws"]:
         """Consecutive batches; the incomplete last one is dropped."""
-        for start in range(0, len(self.order) - batch_size + 1, batch_size):
-            yield Draws(*(field[start : start + batch_size] for field in self))
+        whole = len(self.order) // batch_size * batch_size
+        return Draws(*(field[:whole] for field in self)).batches(batch_size)
 
 
 @dataclass(frozen=True)
@@ -49,12 +60,16 @@ class Augment:
                 "write a whole number of pixels from 1 up, or dataset.augment=none"
             )
 
+    @property
+    def reach(self) -> int:
+        """How many pixels beyond the edges a crop may begin."""
+        return 0 if self.kind == "none" else self.pad
+
     def draw(self, size: int, seed: int) -> Draws:
         """One epoch over `size` images. The order comes first, so that it is the same for every kind."""
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(size, generator=generator)
-        pad = 0 if self.kind == "none" else self.pad
-        top, left = torch.randint(0, 2 * pad + 1, (2, size), generator=generator)
+        top, left = torch.randint(0, 2 * self.reach + 1, (2, size), generator=generator)
         flip = torch.rand(size, generator=generator) < (0.5 if self.kind == "crop_flip" else 0.0)
         return Draws(order, top, left, flip)
 

@@ -1,11 +1,16 @@
-"""A whole set in memory: uint8 pixels that live on the device, normalised batch by batch."""
+"""A whole set in memory: uint8 pixels that live on the device, normalised batch by batch.
 
-from collections.abc import Iterable, Iterator
+`plain` says in torch what a batch is. On a CPU that takes a pass over memory for each of its steps, so kernels/ makes
+the batch in one, to the same bits.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from brqat import kernels
 from brqat.dataset.augment import UNCHANGED, Augment, Draws
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float32, channels_last; labels (B,) int64
@@ -34,17 +39,25 @@ class Pixels:
         Raises ValueError if the set has no full batch.
         """
         check_batch_size(batch_size, len(self))
-        return self._epoch(self.augment.draw(len(self), seed).to(self.images.device), batch_size)
-
-    def _epoch(self, draws: Draws, batch_size: int) -> Iterator[Batch]:
-        for batch in draws.full_batches(batch_size):
-            images = self.augment(self.images.index_select(0, batch.order), batch)
-            yield normalise(images, self.mean, self.std), self.labels.index_select(0, batch.order)
+        draws = self.augment.draw(len(self), seed).to(self.images.device)
+        return self._batches(draws.full_batches(batch_size), self.augment)
 
     def in_order(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         """The images as they are, in fixed order, the last partial batch included; at most `limit` images."""
-        for index in evenly_spaced(len(self), limit).to(self.images.device).split(batch_size):
-            yield normalise(self.images[index], self.mean, self.std), self.labels[index]
+        draws = Draws.unchanged(evenly_spaced(len(self), limit).to(self.images.device))
+        return self._batches(draws.batches(batch_size), UNCHANGED)
+
+    def _batches(self, batches: Iterable[Draws], augment: Augment) -> Iterator[Batch]:
+        make = self._maker(augment)
+        for batch in batches:
+            yield make(batch), self.labels.index_select(0, batch.order)
+
+    def _maker(self, augment: Augment) -> Callable[[Draws], Tensor]:
+        """plain, or what gives its bits in a fraction of its time."""
+        if kernels.native_on(self.images.device):
+            table = value_table(self.mean, self.std)
+            return lambda draws: torch.ops.brqat.feed(self.images, *draws, augment.reach, table)
+        return lambda draws: plain(self.images, draws, augment, self.mean, self.std)
 
 
 def evenly_spaced(size: int, limit: int | None) -> Tensor:
@@ -61,10 +74,21 @@ def check_batch_size(batch_size: int, size: int) -> None:
         )
 
 
+def plain(images: Tensor, draws: Draws, augment: Augment, mean: Tensor, std: Tensor) -> Tensor:
+    """The batch that `draws` makes of images (N, C, H, W) uint8, in torch alone: what the C++ must equal."""
+    return normalise(augment(images.index_select(0, draws.order), draws), mean, std)
+
+
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(B, C, H, W) uint8 -> (images / 255 - mean) / std in float32, channels_last."""
     images = images.to(torch.float32, memory_format=torch.channels_last)
     return images.div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])
+
+
+def value_table(mean: Tensor, std: Tensor) -> Tensor:
+    """What normalise makes of each of the 256 values a pixel can have: (C, 256) float32."""
+    values = torch.arange(256, dtype=torch.uint8).expand(1, len(mean), 1, 256)
+    return normalise(values, mean, std)[0, :, 0].contiguous()
 
 
 def count_levels(batches: Iterable[Tensor]) -> Tensor:

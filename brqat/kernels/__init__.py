@@ -8,7 +8,6 @@ reference: the same codes, and gradients that differ by rounding only.
 """
 
 import logging
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -40,15 +39,15 @@ class OnePass(NamedTuple):
 _chosen = "torch"
 
 
-def choose(choice: str, device: torch.device, folder: Path) -> str:
+def choose(choice: str, device: torch.device) -> str:
     """From here on this process uses the kernels of `choice`; returns torch or native, whichever that is.
 
-    folder: where a library built on this machine is kept. Raises ValueError for native where it cannot be had.
+    Raises ValueError for native where it cannot be had.
     """
     global _chosen
     _chosen = "torch"
     if choice == "torch":
-        log.info("kernels: plain PyTorch")
+        log.info("kernels: plain PyTorch, as told")
         return _chosen
     try:
         if device.type == "cuda":
@@ -56,14 +55,14 @@ def choose(choice: str, device: torch.device, folder: Path) -> str:
         elif device.type == "cpu":
             from brqat.kernels import native
 
-            native.load(folder)
+            native.load()
         else:
             raise RuntimeError(f"there are none for {device.type}")
     except (ImportError, OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().partition("\n")[0]
         if choice == "native":
             raise ValueError(f"kernels=native cannot be had here: {reason}. Write kernels=auto or torch.") from error
-        log.warning("kernels: plain PyTorch, %s, since there are no native ones: %s", COST, reason)
+        log.warning("kernels: plain PyTorch (%s), since native ones cannot be had: %s", COST, reason)
         return _chosen
     _chosen = "native"
     log.info("kernels: native")
@@ -84,6 +83,8 @@ def lsq(
     if _chosen == "torch" or v.dtype not in (torch.float32, torch.bfloat16):
         return None
     if v.is_cuda:
+        if grid.gap != 1 or not (alpha.numel() == 1 or alpha.shape[0] == v.shape[0]):
+            return None
         from brqat.kernels import triton
 
         return OnePass(*triton.lsq(v, alpha, alpha_br, grid, scale, codes, bins))
@@ -110,16 +111,15 @@ class Norm(NamedTuple):
     high: float
 
 
-def joins_norms(device: torch.device) -> bool:
-    """Whether there is a norm_lsq for the device."""
+def native_on(device: torch.device) -> bool:
+    """Whether torch.ops.brqat is in use for tensors of the device: lsq, norm_lsq and feed."""
     return _chosen == "native" and device.type == "cpu"
 
 
 def takes_norm(x: Tensor, alpha: Tensor, grid: Grid, training: bool) -> bool:
     """Whether norm_lsq can be called with these."""
     return (
-        _chosen == "native"
-        and x.is_cpu
+        native_on(x.device)
         and x.dtype == torch.float32
         and x.dim() == 4
         and x.is_contiguous(memory_format=torch.channels_last)

@@ -1,6 +1,9 @@
-"""Builds the C++ kernels of this folder's `native/` once per machine, and loads them as torch.ops.brqat."""
+"""Builds the C++ kernels in `native/` once per machine, and loads them as torch.ops.brqat."""
 
+import contextlib
+import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -9,50 +12,73 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+log = logging.getLogger(__name__)
+
 SOURCES = Path(__file__).parent / "native"
+FOLDER = Path(os.environ.get("BRQAT_KERNELS", "~/.cache/brqat/kernels")).expanduser()
 
-# By the instruction set that torch has chosen, not -march=native: a cache may be shared by machines that differ.
+# By the instruction set that torch has chosen, not -march=native: the folder may be shared by machines that differ.
 FLAGS = {
-    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
-    "AVX2": ["-mavx2", "-mfma"],
+    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
 }
-# Without errno and traps rint and sqrt are instructions; neither changes a result.
-COMMON = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+# Compiled with OpenMP and linked without: its functions come with torch, and a second runtime would bring a second pool
+# of threads that wait for each other's cores.
+COMMON = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno"]
 
 
-def load(folder: Path) -> None:
-    torch.ops.load_library(str(_built(folder)))
+@functools.cache
+def load() -> None:
+    """Raises RuntimeError or OSError where the library can neither be found nor built."""
+    torch.ops.load_library(str(built(FOLDER)))
 
 
-def _built(folder: Path) -> Path:
-    """Path of the library in `folder`, built if it is not there yet."""
+def built(folder: Path) -> Path:
+    """Path of the library in `folder`; builds it if it is not there yet. Safe beside other processes."""
     capability = torch.backends.cpu.get_cpu_capability()
     flags = [*COMMON, f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}", *FLAGS.get(capability, [])]
-    sources = sorted(SOURCES.glob("*.cpp"))
-    parts = [torch.__version__, platform.machine(), *flags, *(p.read_text() for p in sorted(SOURCES.iterdir()))]
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    library = folder / f"brqat-{key}.so"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f"brqat-{key}.lock"):
-        if not library.exists():
-            _build(sources, flags, library)
+    sources = [path.read_text() for path in sorted(SOURCES.iterdir())]
+    parts = [torch.__version__, platform.machine(), *flags, *sources]
+    library = folder / f"brqat-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(library.with_suffix(".lock")):
+            if not library.exists():
+                _build(flags, library)
     return library
 
 
-def _build(sources: list[Path], flags: list[str], library: Path) -> None:
-    from torch.utils import cpp_extension  # here: it takes long to import
+def _build(flags: list[str], library: Path) -> None:
+    """Under another name, then renamed: a killed build leaves no half of a library, and no lock that stays."""
+    import ninja  # here and the next: to build only
+    from torch.utils import cpp_extension
 
+    if shutil.which(cpp_extension.get_cxx_compiler()) is None:
+        raise RuntimeError(f"there is no C++ compiler here ({cpp_extension.get_cxx_compiler()})")
+    log.info("building the C++ kernels, once for this machine: about half a minute")
     work = library.with_suffix(f".{os.getpid()}")
     work.mkdir()
     try:
-        cpp_extension.load(
-            "brqat_kernels",
-            [str(path) for path in sources],
-            extra_cflags=flags,
-            build_directory=str(work),
-            is_python_module=False,
-            with_cuda=False,
-        )
-        (work / "brqat_kernels.so").replace(library)
+        with _found_on_path(ninja.BIN_DIR):
+            cpp_extension.load(
+                library.stem,
+                [str(path) for path in sorted(SOURCES.glob("*.cpp"))],
+                extra_cflags=flags,
+                build_directory=str(work),
+                is_python_module=False,
+                with_cuda=False,
+            )
+        (work / library.name).replace(library)
     finally:
         shutil.rmtree(work)
+
+
+@contextlib.contextmanager
+def _found_on_path(folder: str):
+    """A virtual environment that is not activated is not on the path, and torch calls ninja by its name."""
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = f"{folder}{os.pathsep}{before}"
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
