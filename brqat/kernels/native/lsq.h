@@ -42,7 +42,34 @@ struct Bins {
   bool wanted, in_steps, drop_clipped;
 };
 
-C10_ALWAYS_INLINE Vec either(const Vec& mask, const Vec& yes, const Vec& no) { return Vec::blendv(no, yes, mask); }
+// Lane by lane: a < b ? yes : no, and its kin; false for NaN. Where the compiler has the vector as a type of its own, as
+// GCC and Clang do on x86, the comparison stays in a mask register: half the instructions of at::vec's masks.
+#if defined(CPU_CAPABILITY_AVX512)
+using Native = __m512;
+#elif defined(CPU_CAPABILITY_AVX2)
+using Native = __m256;
+#endif
+#if (defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)) && defined(__GNUC__)
+#define BRQAT_CHOICE(name, op)                                                                    \
+  C10_ALWAYS_INLINE Vec name(const Vec& a, const Vec& b, const Vec& yes, const Vec& no) {         \
+    return Native(a) op Native(b) ? Native(yes) : Native(no);                                     \
+  }
+#else
+#define BRQAT_CHOICE(name, op)                                                            \
+  C10_ALWAYS_INLINE Vec name(const Vec& a, const Vec& b, const Vec& yes, const Vec& no) { \
+    return Vec::blendv(no, yes, a op b);                                                  \
+  }
+#endif
+BRQAT_CHOICE(if_less, <)
+BRQAT_CHOICE(if_at_most, <=)
+BRQAT_CHOICE(if_equal, ==)
+#undef BRQAT_CHOICE
+
+// value between the two bounds, themselves excluded, else 0.
+C10_ALWAYS_INLINE Vec if_between(const Vec& low, const Vec& x, const Vec& high, const Vec& value) {
+  const Vec zero(0.0f);
+  return if_less(low, x, if_less(x, high, value, zero), zero);
+}
 
 // One alpha and its grid: what becomes of the values that share it.
 struct Site {
@@ -80,16 +107,17 @@ struct Site {
   // NaN stays NaN.
   template <bool SIGN>
   C10_ALWAYS_INLINE Vec code(const Vec& u) const {
-    if (SIGN) return either(u != u, u, either(u < Vec(0.0f), Vec(-1.0f), Vec(1.0f)));
+    if (SIGN) return if_less(u, Vec(0.0f), Vec(-1.0f), if_at_most(Vec(0.0f), u, Vec(1.0f), u));
     return at::vec::clamp(u, qn, qp).round();
   }
 
   // NaN has no code: it goes into bin 0, where it reaches the mean.
-  C10_ALWAYS_INLINE Vec known(const Vec& code) const { return either(code >= qn, code, qn); }
+  C10_ALWAYS_INLINE Vec known(const Vec& code) const { return if_at_most(qn, code, code, qn); }
 
   // The code of the bin that an element counts in.
   C10_ALWAYS_INLINE Vec bin_code(const Vec& u, const Vec& code) const {
-    return drop_clipped ? either((u < qn) | (u > qp), left_out, known(code)) : known(code);
+    if (!drop_clipped) return known(code);
+    return if_less(u, qn, left_out, if_less(qp, u, left_out, known(code)));
   }
 
   C10_ALWAYS_INLINE Vec distance(const Vec& v, const Vec& u, const Vec& code) const {
@@ -119,15 +147,24 @@ class BinSums {
   void add(const float* code, const float* square, int64_t n) {
     if (levels_ > FEW_LEVELS) return add_to_table(code, square, n);
     for (int64_t bin = 0; bin < levels_; ++bin) {
-      const Vec level(grid_.level(bin)), one(1.0f);
-      Vec counts(0.0f), squares(0.0f);
-      for (int64_t i = 0; i < n; i += WIDTH) {
-        const Vec here = Vec::loadu(code + i) == level;
-        counts = counts + (here & one);
-        squares = squares + (here & Vec::loadu(square + i));
+      const Vec level(grid_.level(bin)), one(1.0f), zero(0.0f);
+      // Two sums of each, since an addition waits for the one before it.
+      Vec counts = zero, squares = zero, more_counts = zero, more_squares = zero;
+      int64_t i = 0;
+      for (; i + WIDTH < n; i += 2 * WIDTH) {
+        const Vec here = Vec::loadu(code + i), there = Vec::loadu(code + i + WIDTH);
+        counts = counts + if_equal(here, level, one, zero);
+        squares = squares + if_equal(here, level, Vec::loadu(square + i), zero);
+        more_counts = more_counts + if_equal(there, level, one, zero);
+        more_squares = more_squares + if_equal(there, level, Vec::loadu(square + i + WIDTH), zero);
       }
-      count_[bin] += sum_of(counts);
-      square_[bin] += sum_of(squares);
+      if (i < n) {
+        const Vec here = Vec::loadu(code + i);
+        counts = counts + if_equal(here, level, one, zero);
+        squares = squares + if_equal(here, level, Vec::loadu(square + i), zero);
+      }
+      count_[bin] += sum_of(counts + more_counts);
+      square_[bin] += sum_of(squares + more_squares);
     }
   }
 
@@ -206,8 +243,8 @@ class Pulls {
 
   C10_ALWAYS_INLINE Vec operator()(const Vec& code) const {
     if (few_)  // in registers
-      return either(code <= level_[1], either(code <= level_[0], pull_[0], pull_[1]),
-                    either(code <= level_[2], pull_[2], either(code <= level_[3], pull_[3], pull_[4])));
+      return if_at_most(code, level_[1], if_at_most(code, level_[0], pull_[0], pull_[1]),
+                        if_at_most(code, level_[2], pull_[2], if_at_most(code, level_[3], pull_[3], pull_[4])));
     return at::vec::gather<sizeof(float)>(table_.data(), at::vec::convert_to_int_of_same_size(code - qn_));
   }
 
@@ -221,20 +258,20 @@ class Pulls {
 // The gradient that leaves one vector of values, from the one that comes from above and from the bins.
 template <bool SIGN>
 struct Gradient {
-  const Site& site;
-  const Pulls& pulls;
+  const Site site;
+  const Pulls pulls;
   const bool bins;
   Vec alpha{0.0f}, alpha_br{0.0f};  // what the vectors so far send to alpha, before its scale, and to the bins' alpha
 
   C10_ALWAYS_INLINE Vec operator()(const Vec& v, const Vec& from_above) {
     const Vec u = site.divided(v);
     const Vec c = site.known(site.template code<SIGN>(u));
-    const Vec inside = (u > site.qn) & (u < site.qp);
-    Vec grad = SIGN ? from_above : inside & from_above;
-    alpha = at::vec::fmadd(from_above, SIGN ? c : c - (inside & u), alpha);
+    Vec grad = SIGN ? from_above : if_between(site.qn, u, site.qp, from_above);
+    alpha = at::vec::fmadd(from_above, SIGN ? c : c - if_between(site.qn, u, site.qp, u), alpha);
     if (bins) {
-      Vec pull = pulls(site.bin_code(u, c)) * site.distance(v, u, c) * site.per_unit;
-      if (site.drop_clipped) pull = (u >= site.qn) & (u <= site.qp) & pull;  // 0 times infinity would be NaN
+      const Vec bin = site.drop_clipped ? site.bin_code(u, c) : c;
+      Vec pull = pulls(bin) * site.distance(v, u, c) * site.per_unit;
+      if (site.drop_clipped) pull = if_equal(bin, site.left_out, Vec(0.0f), pull);  // not 0 times infinity
       grad = grad + pull;
       alpha_br = at::vec::fmadd(pull, site.in_steps ? u : c, alpha_br);
     }

@@ -29,8 +29,6 @@ using Optional = std::optional<Tensor>;
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-constexpr int64_t ROW_BLOCK = 64;  // rows whose sums are kept in float
-
 // Rows of a tensor, cut into pieces of about PIECE elements.
 struct Rows {
   int64_t count, channels, per_piece, pieces;
@@ -56,9 +54,21 @@ struct Rows {
 // One number per channel in whole vectors, so that the last can be loaded too.
 std::vector<float> per_channel(int64_t channels) { return std::vector<float>(padded(channels)); }
 
-void add_to(std::vector<float>& block, double* total, int64_t channels) {
-  for (int64_t c = 0; c < channels; ++c) total[c] += block[c];
-  std::fill(block.begin(), block.end(), 0.0f);
+// Sum of function(x) over rows, a vector of channels. Four sums side by side, since an addition waits for the one before.
+template <typename Function>
+C10_ALWAYS_INLINE Vec sum_over(const float* x, int64_t rows, int64_t channels, int64_t lanes, const Function& function) {
+  Vec sums[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4)
+    for (int64_t k = 0; k < 4; ++k) sums[k] = sums[k] + function(Vec::loadu(x + (row + k) * channels, lanes));
+  for (; row < rows; ++row) sums[0] = sums[0] + function(Vec::loadu(x + row * channels, lanes));
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+void store_as_double(const Vec& v, double* out, int64_t lanes) {
+  float held[WIDTH];
+  v.store(held);
+  std::copy(held, held + lanes, out);
 }
 
 // Mean and biased variance of every channel. Each piece is read twice while it lies in the cache: its squares are
@@ -67,27 +77,17 @@ void statistics(const float* x, const Rows& rows, float* mean, float* var) {
   const int64_t channels = rows.channels;
   std::vector<double> means(rows.pieces * channels), squares(rows.pieces * channels);
   rows.for_each([&](int64_t piece) {
-    double* piece_mean = &means[piece * channels];
-    double* piece_square = &squares[piece * channels];
-    auto sum = per_channel(channels), centre = per_channel(channels);
-    const int64_t begin = rows.begin(piece), end = rows.end(piece);
-    for (int64_t block = begin; block < end; block += ROW_BLOCK) {
-      for (int64_t row = block; row < std::min(end, block + ROW_BLOCK); ++row)
-        for (int64_t c = 0; c < channels; c += WIDTH) {
-          const int64_t lanes = std::min(WIDTH, channels - c);
-          (Vec::loadu(&sum[c]) + Vec::loadu(x + row * channels + c, lanes)).store(&sum[c]);
-        }
-      add_to(sum, piece_mean, channels);
-    }
-    for (int64_t c = 0; c < channels; ++c) centre[c] = static_cast<float>(piece_mean[c] /= end - begin);
-    for (int64_t block = begin; block < end; block += ROW_BLOCK) {
-      for (int64_t row = block; row < std::min(end, block + ROW_BLOCK); ++row)
-        for (int64_t c = 0; c < channels; c += WIDTH) {
-          const int64_t lanes = std::min(WIDTH, channels - c);
-          const Vec d = Vec::loadu(x + row * channels + c, lanes) - Vec::loadu(&centre[c]);
-          at::vec::fmadd(d, d, Vec::loadu(&sum[c])).store(&sum[c]);
-        }
-      add_to(sum, piece_square, channels);
+    const float* start = x + rows.begin(piece) * channels;
+    const int64_t count = rows.end(piece) - rows.begin(piece);
+    for (int64_t c = 0; c < channels; c += WIDTH) {
+      const int64_t lanes = std::min(WIDTH, channels - c);
+      const auto sum = [&](const auto& function) { return sum_over(start + c, count, channels, lanes, function); };
+      const Vec n(static_cast<float>(count));
+      const Vec rough = sum([](const Vec& v) { return v; }) / n;
+      const Vec centre = rough + sum([&](const Vec& v) { return v - rough; }) / n;
+      const Vec square = sum([&](const Vec& v) { return (v - centre) * (v - centre); });
+      store_as_double(centre, &means[piece * channels + c], lanes);
+      store_as_double(square, &squares[piece * channels + c], lanes);
     }
   });
   for (int64_t c = 0; c < channels; ++c) {
@@ -116,10 +116,6 @@ struct Affine {
       shift[c] = bias.const_data_ptr<float>()[c] - mean.const_data_ptr<float>()[c] * scale[c];
     }
   }
-
-  C10_ALWAYS_INLINE Vec operator()(const Vec& x, int64_t c) const {
-    return at::vec::fmadd(x, Vec::loadu(&scale[c]), Vec::loadu(&shift[c]));
-  }
 };
 
 void check(const Tensor& x, const Tensor& alpha) {
@@ -144,10 +140,13 @@ void quantize(const float* x, float* v_hat, const Rows& rows, const Affine& affi
       bin_sums.add(bin, squared, padded(held));
       held = 0;
     };
-    for (int64_t row = rows.begin(piece); row < rows.end(piece); ++row)
-      for (int64_t c = 0; c < channels; c += WIDTH) {
-        const int64_t lanes = std::min(WIDTH, channels - c), at = row * channels + c;
-        const Vec r = at::vec::clamp(affine(Vec::loadu(x + at, lanes), c), floor, ceiling);
+    for (int64_t c = 0; c < channels; c += WIDTH) {
+      const int64_t lanes = std::min(WIDTH, channels - c);
+      const Vec scale = Vec::loadu(&affine.scale[c]), shift = Vec::loadu(&affine.shift[c]);
+      for (int64_t row = rows.begin(piece); row < rows.end(piece); ++row) {
+        const int64_t at = row * channels + c;
+        const Vec y = at::vec::fmadd(Vec::loadu(x + at, lanes), scale, shift);
+        const Vec r = at::vec::clamp(y, floor, ceiling);
         const Vec u = site.divided(r);
         const Vec code = site.code<false>(u);
         (code * site.alpha).store(v_hat + at, lanes);
@@ -158,6 +157,7 @@ void quantize(const float* x, float* v_hat, const Rows& rows, const Affine& affi
           if ((held += lanes) > BLOCK - WIDTH) pass_on();
         }
       }
+    }
     if (bins) {
       if (held) pass_on();
       bin_sums.finish();
@@ -225,29 +225,32 @@ Backward backward_cpu(const Optional& grad_, const Optional& grad_mse_, const Te
   const float* means = mean.const_data_ptr<float>();
   auto centre = per_channel(channels);
   std::copy(means, means + channels, centre.begin());
-  const Vec floor(static_cast<float>(low)), ceiling(static_cast<float>(high));
-  const auto through = [&](const Vec& y, const Vec& dr) { return (y > floor) & (y < ceiling) & dr; };
+  Tensor grad_x = at::empty_like(x);
+  float* out = grad_x.mutable_data_ptr<float>();
 
-  // First pass: the sums. Per piece: dbias, dweight * std, and what goes to the two alphas.
+  // First pass: dy, and the sums. Per piece: dbias, dweight * std, and what goes to the two alphas.
   const int64_t size = 2 * channels + 2;
   std::vector<double> sums(rows.pieces * size);
+  const Vec floor(static_cast<float>(low)), ceiling(static_cast<float>(high));
   rows.for_each([&](int64_t piece) {
     double* part = &sums[piece * size];
-    auto sum = per_channel(channels), product = per_channel(channels);
     Gradient<false> gradient{site, pulls, bins};
-    const int64_t begin = rows.begin(piece), end = rows.end(piece);
-    for (int64_t block = begin; block < end; block += ROW_BLOCK) {
-      for (int64_t row = block; row < std::min(end, block + ROW_BLOCK); ++row)
-        for (int64_t c = 0; c < channels; c += WIDTH) {
-          const int64_t lanes = std::min(WIDTH, channels - c), at = row * channels + c;
-          const Vec v = Vec::loadu(in + at, lanes), y = affine(v, c);
-          const Vec r = at::vec::clamp(y, floor, ceiling);
-          const Vec dy = through(y, gradient(r, Vec::loadu(g + at, lanes), lanes));
-          (Vec::loadu(&sum[c]) + dy).store(&sum[c]);
-          at::vec::fmadd(dy, v - Vec::loadu(&centre[c]), Vec::loadu(&product[c])).store(&product[c]);
-        }
-      add_to(sum, part, channels);
-      add_to(product, part + channels, channels);
+    for (int64_t c = 0; c < channels; c += WIDTH) {
+      const int64_t lanes = std::min(WIDTH, channels - c);
+      const Vec scale = Vec::loadu(&affine.scale[c]), shift = Vec::loadu(&affine.shift[c]);
+      const Vec middle = Vec::loadu(&centre[c]);
+      Vec sum(0.0f), product(0.0f);
+      for (int64_t row = rows.begin(piece); row < rows.end(piece); ++row) {
+        const int64_t at = row * channels + c;
+        const Vec v = Vec::loadu(in + at, lanes), y = at::vec::fmadd(v, scale, shift);
+        const Vec dr = gradient(at::vec::clamp(y, floor, ceiling), Vec::loadu(g + at, lanes), lanes);
+        const Vec dy = if_between(floor, y, ceiling, dr);
+        dy.store(out + at, lanes);
+        sum = sum + dy;
+        product = at::vec::fmadd(dy, v - middle, product);
+      }
+      store_as_double(sum, part + c, lanes);
+      store_as_double(product, part + channels + c, lanes);
       gradient.flush(part + 2 * channels, part + 2 * channels + 1);
     }
   });
@@ -255,7 +258,7 @@ Backward backward_cpu(const Optional& grad_, const Optional& grad_mse_, const Te
   for (int64_t piece = 0; piece < rows.pieces; ++piece)
     for (int64_t i = 0; i < size; ++i) total[i] += sums[piece * size + i];
 
-  // Second pass: dx = scale * dy + per_x * x + constant.
+  // Second pass: dx = scale * dy + per_x * x + constant, over dy.
   Tensor grad_weight = at::empty_like(mean), grad_bias = at::empty_like(mean);
   auto per_x = per_channel(channels), constant = per_channel(channels);
   for (int64_t c = 0; c < channels; ++c) {
@@ -266,19 +269,16 @@ Backward backward_cpu(const Optional& grad_, const Optional& grad_mse_, const Te
     per_x[c] = static_cast<float>(slope);
     constant[c] = static_cast<float>(-affine.scale[c] * total[c] / rows.count - slope * means[c]);
   }
-  Tensor grad_x = at::empty_like(x);
-  float* out = grad_x.mutable_data_ptr<float>();
   rows.for_each([&](int64_t piece) {
-    Gradient<false> gradient{site, pulls, bins};
-    for (int64_t row = rows.begin(piece); row < rows.end(piece); ++row)
-      for (int64_t c = 0; c < channels; c += WIDTH) {
-        const int64_t lanes = std::min(WIDTH, channels - c), at = row * channels + c;
-        const Vec v = Vec::loadu(in + at, lanes), y = affine(v, c);
-        const Vec r = at::vec::clamp(y, floor, ceiling);
-        const Vec dy = through(y, gradient(r, Vec::loadu(g + at, lanes)));
-        const Vec rest = at::vec::fmadd(v, Vec::loadu(&per_x[c]), Vec::loadu(&constant[c]));
-        at::vec::fmadd(dy, Vec::loadu(&affine.scale[c]), rest).store(out + at, lanes);
+    for (int64_t c = 0; c < channels; c += WIDTH) {
+      const int64_t lanes = std::min(WIDTH, channels - c);
+      const Vec scale = Vec::loadu(&affine.scale[c]), slope = Vec::loadu(&per_x[c]), shift = Vec::loadu(&constant[c]);
+      for (int64_t row = rows.begin(piece); row < rows.end(piece); ++row) {
+        const int64_t at = row * channels + c;
+        const Vec rest = at::vec::fmadd(Vec::loadu(in + at, lanes), slope, shift);
+        at::vec::fmadd(Vec::loadu(out + at, lanes), scale, rest).store(out + at, lanes);
       }
+    }
   });
   const auto scalar = [&](double value) { return at::empty_like(alpha).fill_(static_cast<float>(value)); };
   return {grad_x, grad_weight, grad_bias, scalar(scale * total[2 * channels]), scalar(total[2 * channels + 1])};
