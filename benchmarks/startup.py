@@ -47,7 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="rounds (3)")
     parser.add_argument("--part", nargs="+", choices="abc", default=["a", "b", "c"])
-    parser.add_argument("--of", nargs="+", type=Path, default=[HERE.parent], metavar="FOLDER", help="checkouts of brqat")
+    parser.add_argument(
+        "--of", nargs="+", type=Path, default=[HERE.parent], metavar="FOLDER", help="checkouts of brqat"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(arguments)
     if given.repeats < 1:
@@ -187,7 +189,9 @@ def said(figure: dict[str, float] | None) -> str:
 
 def markdown(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
