@@ -19,7 +19,7 @@ STAIRCASE = [
     {"regularizer"},
     {"quantizer"},
     {"bins", "model", "dataset", "schedule", "tracking"},
-    {"grid", "files", "devices"},
+    {"grid", "files", "devices", "eager"},
 ]
 STEP = {room: height for height, rooms in enumerate(STAIRCASE) for room in rooms}
 
