@@ -35,3 +35,18 @@ def test_the_benchmark_of_the_report_prints_its_table(tmp_path):
     assert [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")][1:] == [
         "first", "second", "one in a hundred changed", "tables only",
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_startup_prints_its_figures():
+    program = [sys.executable, str(REPO / "benchmarks/startup.py"), "--repeats", "1"]
+    done = subprocess.run([*program, "--part", "a", "b", "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["machine"]["torch"] and found["machine"]["cores"]
+    (figures,) = found["checkouts"].values()
+    assert {"brqat --help", "in all, files", "imports, wandb", "data, files", "dashboard, wandb"} <= set(figures)
+    phases = sum(one["median"] for name, one in figures.items() if name.endswith(", files") and "in all" not in name)
+    assert 0.5 < phases / figures["in all, files"]["median"] < 2  # the phases are the whole
+    done = subprocess.run([*program, "--part", "a"], capture_output=True, text=True)
+    assert done.returncode == 0 and "| brqat --cfg job " in done.stdout, done.stderr
