@@ -1,6 +1,6 @@
 """How long brqat takes to start: to its help, to the first training step, and between the runs of a multirun.
 
-    python benchmarks/startup.py                              # of the brqat beside it; five minutes on two cores
+    python benchmarks/startup.py                              # of the brqat beside it; three minutes on two cores
     python benchmarks/startup.py --repeats 5 --json           # one JSON object instead of the tables
     python benchmarks/startup.py --of ../older . --repeats 5  # several checkouts, which take turns
 
