@@ -55,3 +55,18 @@ def test_the_benchmark_of_feeding_prints_its_figures(words):
     assert list(figures["images_per_second"]) == names and list(figures["ratio"]) == names[1:]
     assert all(row["low"] <= row["median"] <= row["high"] for row in figures["ratio"].values())
     assert set(figures["machine"]) == {"cpu", "cores", "threads", "python", "torch", "date"}
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_startup_prints_its_figures():
+    program = [sys.executable, str(REPO / "benchmarks/startup.py"), "--repeats", "1"]
+    done = subprocess.run([*program, "--part", "a", "b", "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["machine"]["torch"] and found["machine"]["cores"]
+    (figures,) = found["checkouts"].values()
+    assert {"brqat --help", "in all, files", "imports, wandb", "data, files", "dashboard, wandb"} <= set(figures)
+    phases = sum(one["median"] for name, one in figures.items() if name.endswith(", files") and "in all" not in name)
+    assert 0.5 < phases / figures["in all, files"]["median"] < 2  # the phases are the whole
+    done = subprocess.run([*program, "--part", "a"], capture_output=True, text=True)
+    assert done.returncode == 0 and "| brqat --cfg job " in done.stdout, done.stderr

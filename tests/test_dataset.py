@@ -17,11 +17,12 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from scipy.stats import chisquare
+from sklearn.datasets import load_digits
 
 from brqat import kernels
-from brqat.dataset import cache
+from brqat.dataset import cache, digits
 from brqat.dataset.augment import UNCHANGED, Augment, Draws, crop_flip
-from brqat.dataset.files import Files
+from brqat.dataset.files import Files, resized
 from brqat.dataset.pixels import Pixels, count_levels, mean_std, plain, value_table
 from brqat.dataset.splits import stratified
 
@@ -373,6 +374,18 @@ def test_validation_split_cannot_be_empty_or_most_of_it(fraction):
 # ---- digits, synthetic
 
 
+def test_digits_are_read_as_scikit_learn_reads_them(monkeypatch):
+    theirs = load_digits()
+    for found in (digits.read(), without_their_file(monkeypatch)):
+        for ours, wanted in zip(found, (theirs.images, theirs.target), strict=True):
+            assert ours.dtype == wanted.dtype and np.array_equal(ours, wanted)
+
+
+def without_their_file(monkeypatch):
+    monkeypatch.setattr(digits.importlib.util, "find_spec", lambda name: None)
+    return digits.read()
+
+
 def test_digits_are_exact_and_their_test_set_is_fixed():
     splits, other = load("digits"), load("digits", val_fraction=0.3, split_seed=5)
     assert (splits.num_classes, splits.channels, splits.image_size) == (10, 1, 8)
@@ -527,6 +540,16 @@ def test_streamed_batches_arrive_on_the_device(pictures):
     train = folder(pictures, in_memory_limit=0).to("meta").train
     images, labels = next(train.epoch(4, seed=0))
     assert images.device.type == labels.device.type == "meta"
+
+
+def test_resized_is_torchvisions_pixel_for_pixel():
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        height, width, size = (int(n) for n in random.integers(1, 60, 3))
+        shape = (height, width, 3) if random.integers(2) else (height, width)
+        picture = Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8))
+        ours, theirs = resized(picture, size), TF.center_crop(TF.resize(picture, size), size)
+        assert np.array_equal(np.array(ours), np.array(theirs)), (height, width, size)
 
 
 def test_shorter_side_is_resized_and_the_centre_cut_out(tmp_path):

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 # Highest first; a module may import from its own step or from any below.
 STAIRCASE = [
+    {"__main__"},
     {"train"},
     {"study"},
     {"baseline", "settings"},

@@ -280,7 +280,7 @@ def test_no_run_is_an_error(tmp_path, capsys):
 
 
 def test_neither_torch_nor_brqat_is_imported():
-    code = "import sys, multirun_analysis.__main__; sys.exit(bool({'torch', 'brqat'} & set(sys.modules)))"
+    code = "import sys, multirun_analysis.write; sys.exit(bool({'torch', 'brqat'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)
 
 

@@ -33,7 +33,7 @@ from sqlalchemy.exc import OperationalError
 
 import brqat.study.ledger
 from brqat.files import config_dir
-from brqat.study import cli, results, storage, trial
+from brqat.study import commands, results, storage, trial
 from brqat.study.board import best_first, standing, table
 from brqat.study.ledger import Ledger, NotOurs, Rules, Space, run_of
 from brqat.study.rehearsal import rehearse
@@ -617,10 +617,10 @@ def test_confirm_takes_the_control_of_the_same_widths_and_says_where_there_is_no
         diverged = bits != 3
         end(ledger, asked, 0.5, status="diverged" if diverged else "completed")
     best = SimpleNamespace(number=9, user_attrs={"setting": {"bits": 2, "strength": 1.0}})
-    assert cli._controls_of(ledger, [best]) == []
+    assert commands._controls_of(ledger, [best]) == []
     assert "trial 9 has no completed control" in capsys.readouterr().err
     best.user_attrs["setting"]["bits"] = 3
-    assert [trial.number for trial in cli._controls_of(ledger, [best])] == [1]
+    assert [trial.number for trial in commands._controls_of(ledger, [best])] == [1]
 
 
 def test_diverged_trials_are_results_and_no_failures(opened):

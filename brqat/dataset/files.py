@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, default_convert
-from torchvision.transforms.functional import center_crop, resize
 
 from brqat.dataset.augment import UNCHANGED, Augment
 from brqat.dataset.pixels import Batch, check_batch_size, evenly_spaced, normalise
@@ -46,7 +45,7 @@ class Pictures:
         except Exception as error:  # PIL raises SyntaxError, struct.error, OSError and more for damaged files
             raise ValueError(f"cannot read the picture {path}: {error}") from error
         if self.resize and picture.size != (self.image_size, self.image_size):
-            picture = center_crop(resize(picture, self.image_size), self.image_size)
+            picture = resized(picture, self.image_size)
         if picture.size != (self.image_size, self.image_size):
             raise ValueError(
                 f"pictures differ in size: {path} has {picture.width} x {picture.height} pixels, "
@@ -105,6 +104,18 @@ class Pictures:
             decoded[start : start + len(images)] = images.numpy()
             start += len(images)
         return decoded
+
+
+def resized(picture: Image.Image, size: int) -> Image.Image:
+    """The shorter side becomes size, then the centre is cut out.
+
+    Pixel for pixel torchvision's resize and center_crop, whose import takes longer than a small run.
+    """
+    short = min(picture.size)
+    width, height = (int(size * side / short) for side in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return picture.crop((left, top, left + size, top + size))
 
 
 @dataclass(frozen=True, eq=False)

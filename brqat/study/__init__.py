@@ -7,5 +7,6 @@ trial.py     the job's side: claims its trial, gives signs of life, reports, tel
 sweeper.py   hydra/sweeper=study: asks, launches, waits
 results.py   what a study leaves in its folder
 board.py     a study on a terminal
-cli.py       brqat-study
+cli.py       brqat-study: its command line
+commands.py  what it then does
 """

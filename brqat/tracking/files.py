@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from brqat.files import append_jsonl, read_jsonl, write_json, write_whole
 
@@ -109,6 +108,6 @@ class NoDashboard:
 
     def start(self, folder: Path, config: dict, tags: list[str], identity: Identity, past: list) -> None: ...
 
-    def add_epoch(self, metrics: dict, levels: list[dict], histograms: dict[str, Tensor]) -> None: ...
+    def add_epoch(self, metrics: dict, levels: list[dict], histograms: dict[str, np.ndarray]) -> None: ...
 
     def finish(self, summary: dict[str, Any]) -> None: ...
