@@ -30,7 +30,6 @@ from brqat.baseline import FloatBaseline
 from brqat.dataset.pixels import check_batch_size
 from brqat.dataset.splits import Splits
 from brqat.devices import claimed_device
-from brqat.eager import spare_the_compiler
 from brqat.files import config_dir, write_whole
 from brqat.fit import Diverged, Fit, Pruned, Recipe, Score, fixed_batches, never
 from brqat.fusion import fuse
@@ -407,7 +406,6 @@ def _optimizer(node: DictConfig) -> tuple[partial, float]:
         )
     if lr == 0:
         raise ValueError("optimizer.lr=0 would train nothing. Post-training quantization is epochs=0.")
-    spare_the_compiler()
     make = _make(settings, "optimizer")
     try:
         make([torch.nn.Parameter(torch.zeros(1))])  # refuses an unknown key now, not after the float baseline
