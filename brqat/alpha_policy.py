@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from brqat import kernels
 from brqat.quantizer.base import Kind, Quantizer
 from brqat.regularizer.base import Regularizer
 
@@ -154,6 +155,9 @@ class PositiveAlphas:
     def guard(self) -> None:
         """Call after optimizer.step(); waits for nothing on the device."""
         if not self.alphas:
+            return
+        if kernels.native_on(self.clamped.device):
+            torch.ops.brqat.guard(self.alphas, self.floors, self.clamped)
             return
         flat, floor = (torch.cat([t.reshape(-1) for t in part]) for part in (self.alphas, self.floors))
         self.clamped += flat < floor

@@ -1,10 +1,14 @@
 """BatchNorm, its activation and the quantizer behind it as one pass, where the network's graph allows.
 
-    conv -> norm -> relu -> QuantConv2d            becomes            conv -> QuantConv2d(before=(norm, relu))
+    conv -> norm -> relu -> QuantConv2d                  becomes      conv -> QuantConv2d(before=(norm, relu))
 
-where nothing else reads what norm and relu give. The two stay in the network under their names, so that a state_dict
-keeps its keys, but let everything through: the quantized layer behind them does their work, in one pass where a kernel
-is at hand (kernels.norm_lsq) and one after the other where it is not.
+where nothing else reads what norm and relu give, and at the end of a residual block, where others do,
+
+    conv -> norm -> Sum(shortcut) -> relu -> QuantConv2d, ...    conv -> JoinedSum(shortcut) -> QuantConv2d, ...
+
+The modules stay in the network under their names, so that a state_dict keeps its keys, but let everything through: the
+quantized layer behind them does their work, in one pass where a kernel is at hand (kernels.norm_lsq) and one after the
+other where it is not.
 """
 
 import logging
@@ -15,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from brqat.layers import QUANTIZED, Before, QuantConv2d
 from brqat.model.activation import ClippedReLU
+from brqat.model.residual import Sum
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +35,19 @@ class DeferredNorm(nn.BatchNorm2d):
 
 class Deferred(nn.Identity):
     """In the place of an activation whose work is done by the layer behind it."""
+
+
+class JoinedSum(nn.Module):
+    """A Sum whose layer normalises, adds, activates and quantizes at once, and gives what the others read."""
+
+    def __init__(self, layer: QuantConv2d, norm_first: bool):
+        super().__init__()
+        self.layer = (layer,)  # in a tuple: the layer has its place in the network already
+        self.norm_first = norm_first
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        x, shortcut = (a, b) if self.norm_first else (b, a)
+        return self.layer[0].join(x, shortcut)
 
 
 def fuse(model: nn.Module) -> int:
@@ -49,21 +67,24 @@ def fuse(model: nn.Module) -> int:
             calls[called] = calls.get(called, 0) + 1
     fused = 0
     for node in graph.nodes:
-        if _module(model, node, QuantConv2d) and _once(model, node, calls):
+        if _module(model, node, QuantConv2d) and node.args and _once(model, node, calls):
             fused += _take_in(model, node, calls)
     return fused
 
 
 def _take_in(model: nn.Module, layer: fx.Node, calls: dict[nn.Module, int]) -> bool:
-    activation, norm = None, layer.args[0]
+    activation, add, norm = None, None, layer.args[0]
     if _module(model, norm, ACTIVATIONS):
         activation, norm = norm, norm.args[0]
-    parts = [node for node in (activation, norm) if node is not None]
-    if not _module(model, norm, nn.BatchNorm2d) or not all(_alone(model, node, calls) for node in parts):
+    if _module(model, norm, Sum) and activation is not None:
+        add = norm
+        norm = next((term for term in add.args if _foldable(model, term, calls)), None)
+    if not _foldable(model, norm, calls):
+        return False
+    between = [node for node in (add, activation) if node is not None]
+    if not all(_once(model, node, calls) for node in between) or any(len(n.users) > 1 for n in between[: -1 if add else None]):
         return False
     batch_norm: nn.BatchNorm2d = model.get_submodule(norm.target)
-    if type(batch_norm) is not nn.BatchNorm2d or not batch_norm.affine or not batch_norm.track_running_stats:
-        return False
     deferred = DeferredNorm(batch_norm.num_features, batch_norm.eps, batch_norm.momentum, device="meta")
     for key, value in (*batch_norm.named_parameters(), *batch_norm.named_buffers()):
         setattr(deferred, key, value)
@@ -74,8 +95,19 @@ def _take_in(model: nn.Module, layer: fx.Node, calls: dict[nn.Module, int]) -> b
         act = model.get_submodule(activation.target)
         model.set_submodule(activation.target, Deferred())
     low, high = (-math.inf, math.inf) if act is None else (0.0, getattr(act, "max_val", math.inf))
-    model.get_submodule(layer.target).before = Before(deferred, act, low, high)
+    quantized = model.get_submodule(layer.target)
+    quantized.before = Before(deferred, act, low, high, joins=add is not None)
+    if add is not None:
+        model.set_submodule(add.target, JoinedSum(quantized, norm_first=add.args[0] is norm))
     return True
+
+
+def _foldable(model: nn.Module, node, calls: dict[nn.Module, int]) -> bool:
+    """A BatchNorm of the plain kind, called once and read by one node."""
+    if not _module(model, node, nn.BatchNorm2d) or not _once(model, node, calls) or len(node.users) > 1:
+        return False
+    norm = model.get_submodule(node.target)
+    return type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats
 
 
 def _module(model: nn.Module, node, kinds) -> bool:
@@ -83,17 +115,13 @@ def _module(model: nn.Module, node, kinds) -> bool:
 
 
 def _once(model: nn.Module, node: fx.Node, calls: dict[nn.Module, int]) -> bool:
-    """Called once in a forward, and known by one name."""
+    """Called once in a forward, known by one name, and without hooks, which would see another value."""
     module = model.get_submodule(node.target)
     names = [name for name, m in model.named_modules(remove_duplicate=False) if m is module]
-    return calls[module] == 1 and len(names) == 1
-
-
-def _alone(model: nn.Module, node: fx.Node, calls: dict[nn.Module, int]) -> bool:
-    """Called once, and read by one node."""
-    return _once(model, node, calls) and len(node.users) == 1 and not model.get_submodule(node.target)._forward_hooks
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return calls[module] == 1 and len(names) == 1 and not hooked
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, QUANTIZED) or super().is_leaf_module(module, name)
+        return isinstance(module, (*QUANTIZED, Sum)) or super().is_leaf_module(module, name)

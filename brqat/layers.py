@@ -32,9 +32,12 @@ class Before(NamedTuple):
     activation: nn.Module | None
     low: float  # the activation's bounds
     high: float
+    joins: bool  # between the two a shortcut is added: QuantConv2d.join is called before the layer
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
         y = nn.BatchNorm2d.forward(self.norm, x)
+        if shortcut is not None:
+            y = y + shortcut
         return y if self.activation is None else self.activation(y)
 
     def for_kernel(self) -> kernels.Norm:
@@ -54,19 +57,32 @@ class QuantConv2d(nn.Conv2d):
     weight_quantizer: nn.Module
     input_quantizer: nn.Module
     before: Before | None = None
+    ready: Tensor | None = None  # the input of the next forward, quantized already by join
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(self._quantized(x), self.weight_quantizer(self.weight), self.bias)
 
     def _quantized(self, x: Tensor) -> Tensor:
-        if self.before is None:
+        if self.ready is not None:
+            v_hat, self.ready = self.ready, None
+            return v_hat
+        if self.before is None or self.before.joins:
             return self.input_quantizer(x)
-        if isinstance(self.input_quantizer, Quantizer):
-            norm = self.before.norm
-            v_hat = self.input_quantizer.after_norm(x, norm.training, self.before.for_kernel)
-            if v_hat is not None:
-                return v_hat
-        return self.input_quantizer(self.before(x))
+        if (out := self._in_one_pass(x, None)) is not None:
+            return out[0]
+        return self.input_quantizer(self.before(x, None))
+
+    def join(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """What the layer is about to read, activation(norm(x) + shortcut), which others read too."""
+        if (out := self._in_one_pass(x, shortcut)) is not None:
+            self.ready, r = out
+            return r
+        return self.before(x, shortcut)
+
+    def _in_one_pass(self, x: Tensor, shortcut: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+        if not isinstance(self.input_quantizer, Quantizer):
+            return None
+        return self.input_quantizer.after_norm(x, shortcut, self.before.norm.training, self.before.for_kernel)
 
 
 class QuantLinear(nn.Linear):

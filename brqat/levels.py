@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from brqat import kernels
 from brqat.alpha_policy import KINDS, AlphaPolicy
 from brqat.bins import bin_index
 from brqat.metrics import histogram_edges, level_metrics, site_sums
@@ -46,7 +47,13 @@ class Oscillation:
         """Call once per training step, after the forward; reads the codes it used."""
         if not self.sites:
             return
-        codes = torch.cat([site.seen.codes.reshape(-1) for site in self.sites.values()])
+        seen = [site.seen.codes for site in self.sites.values()]
+        if self.last is not None and kernels.native_on(self.last.device):
+            state = self.last, self.direction, self.frequency, self.flips
+            torch.ops.brqat.oscillation(seen, *state, OSCILLATION_MOMENTUM)
+            self.steps += 1
+            return
+        codes = torch.cat([part.reshape(-1) for part in seen])
         if self.last is None:
             self.direction = torch.zeros_like(codes, dtype=torch.int8)
             self.frequency = torch.zeros_like(codes, dtype=torch.float32)
@@ -60,7 +67,7 @@ class Oscillation:
             self.direction = torch.where(change != 0, change, self.direction)
             self.steps += 1
         self.last = codes
-        self.sizes = [site.seen.codes.numel() for site in self.sites.values()]
+        self.sizes = [part.numel() for part in seen]
 
     def report(self) -> dict[str, tuple[Tensor, ...]]:
         """STEP_FIGURES per site, still on the device; then starts a new count of flips."""

@@ -130,25 +130,46 @@ def takes_norm(x: Tensor, alpha: Tensor, grid: Grid, training: bool) -> bool:
 
 
 def norm_lsq(
-    x: Tensor, norm: Norm, alpha: Tensor, alpha_br: Tensor, grid: Grid, scale: float, bins: Bins | None
-) -> OnePass:
-    """BatchNorm, activation and lsq in one.
+    x: Tensor,
+    shortcut: Tensor | None,
+    norm: Norm,
+    alpha: Tensor,
+    alpha_br: Tensor,
+    grid: Grid,
+    scale: float,
+    bins: Bins | None,
+) -> tuple[OnePass, Tensor | None]:
+    """BatchNorm, a shortcut added, activation and lsq in one; r, what lsq quantizes, too where there is a shortcut.
 
-    x: (N, C, H, W). As lsq otherwise, of r; running_mean and running_var are updated in training, and bins are for
-    training only.
+    x, shortcut: (N, C, H, W). As lsq otherwise, of r; running_mean and running_var are updated in training, and bins
+    are for training only.
     """
     bounds = norm.eps, norm.low, norm.high
     if not norm.training:
         assert bins is None, "tables are for training"
         running = norm.running_mean, norm.running_var
-        v_hat = torch.ops.brqat.norm_lsq_eval(x, norm.weight, norm.bias, *running, *bounds, alpha, grid.qn, grid.qp)
-        return OnePass(v_hat, None, None, None)
+        v_hat, r = torch.ops.brqat.norm_lsq_eval(
+            x, shortcut, norm.weight, norm.bias, *running, *bounds, alpha, grid.qn, grid.qp
+        )
+        return OnePass(v_hat, None, None, None), None if shortcut is None else r
     steps, drop = bins or (False, False)
-    v_hat, mean, var, count, mse = torch.ops.brqat.norm_lsq(
-        x, norm.weight, norm.bias, *bounds, alpha, alpha_br, grid.qn, grid.qp, scale, bins is not None, steps, drop
+    v_hat, r, mean, var, count, mse = torch.ops.brqat.norm_lsq(
+        x,
+        shortcut,
+        norm.weight,
+        norm.bias,
+        *bounds,
+        alpha,
+        alpha_br,
+        grid.qn,
+        grid.qp,
+        scale,
+        bins is not None,
+        steps,
+        drop,
     )
     with torch.no_grad():
         values = x.numel() // x.shape[1]
         norm.running_mean.lerp_(mean, norm.momentum)
         norm.running_var.lerp_(var * (values / (values - 1)), norm.momentum)  # unbiased, as BatchNorm keeps it
-    return OnePass(v_hat, None, *((count, mse) if bins else (None, None)))
+    return OnePass(v_hat, None, *((count, mse) if bins else (None, None))), None if shortcut is None else r

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brqat.model.activation import clip_relu
+from brqat.model.residual import Sum
 
 
 def padded_identity(x: Tensor, channels: int, stride: int) -> Tensor:
@@ -32,13 +33,14 @@ class BasicBlock(nn.Module):
         self.relu1 = nn.ReLU()
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
+        self.join = Sum()
         self.relu2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu1(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         shortcut = padded_identity(x, self.conv1.out_channels, self.conv1.stride[0])
-        return self.relu2(out + shortcut)
+        return self.relu2(self.join(out, shortcut))
 
 
 class ResNetCIFAR(nn.Module):

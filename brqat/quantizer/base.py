@@ -119,8 +119,10 @@ class Quantizer(nn.Module):
             return None
         return Quantized(out.v_hat, out.codes, asked and BinTable(out.count, out.mse))
 
-    def after_norm(self, x: Tensor, training: bool, norm: Callable[[], Norm]) -> Tensor | None:
-        """v_hat of the normalised and activated x in one pass; None where that has to be done step by step.
+    def after_norm(
+        self, x: Tensor, shortcut: Tensor | None, training: bool, norm: Callable[[], Norm]
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """In one pass v_hat of r = activation(norm(x) + shortcut), and with a shortcut r; None where it takes several.
 
         training: whether BatchNorm normalises by the batch. norm: makes what the kernel needs, and counts the batch.
         """

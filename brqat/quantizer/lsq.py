@@ -80,7 +80,9 @@ class LSQ(Quantizer):
         scale = gradient_scale(v, self.kind, self.alpha, self.grid.qp)
         return self.one_pass(v, scale) or lsq(v, self.alpha, self.grid, scale)
 
-    def after_norm(self, x: Tensor, training: bool, norm: Callable[[], Norm]) -> Tensor | None:
+    def after_norm(
+        self, x: Tensor, shortcut: Tensor | None, training: bool, norm: Callable[[], Norm]
+    ) -> tuple[Tensor, Tensor | None] | None:
         # Recording needs the values between, and the kernel knows no formula but this file's.
         own = type(self).fake_quantize is not LSQ.fake_quantize
         if own or self.recording or not kernels.takes_norm(x, self.alpha, self.grid, training):
@@ -88,7 +90,7 @@ class LSQ(Quantizer):
         asked = self.asked_now
         scale = gradient_scale(x, self.kind, self.alpha, self.grid.qp)
         bins = asked and asked.bins
-        out = kernels.norm_lsq(x, norm(), self.alpha, self.alpha_seen_by(asked), self.grid, scale, bins)
+        out, r = kernels.norm_lsq(x, shortcut, norm(), self.alpha, self.alpha_seen_by(asked), self.grid, scale, bins)
         if asked is not None:
             self.seen = Seen(x.shape, None, None, BinTable(out.count, out.mse))
-        return out.v_hat
+        return out.v_hat, r

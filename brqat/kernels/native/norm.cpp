@@ -1,10 +1,11 @@
 // BatchNorm, an activation and LSQ with its per-bin table, as one: what lies between is never written to memory.
 //
-//   y = (x - mean) / sqrt(var + eps) * weight + bias,   r = clamp(y, low, high),   v_hat, count, mse = lsq(r)
+//   y = (x - mean) / sqrt(var + eps) * weight + bias (+ shortcut),  r = clamp(y, low, high),  v_hat, count, mse = lsq(r)
 //
-// In training mean and var are the batch's. Backward reads x, which BatchNorm keeps anyway, and computes y and r anew:
+// In training mean and var are the batch's. Backward reads x, which BatchNorm keeps anyway, and computes y and r anew.
+// With a shortcut r is an output too, since others read it, and is read instead:
 //
-//   dy = lsq's gradient at r, where low < y < high
+//   dy = lsq's gradient at r (+ the gradient of r), where low < y < high;   dshortcut = dy
 //   dbias = sum dy,  dweight = sum dy * (x - mean) / std
 //   dx = weight / std * (dy - dbias / M - (x - mean) / std * dweight / M)              M values per channel
 //
@@ -26,8 +27,10 @@ namespace brqat {
 namespace {
 
 using Optional = std::optional<Tensor>;
-using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Tensor as_rows(const Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
 
 // Rows of a tensor, cut into pieces of about PIECE elements.
 struct Rows {
@@ -125,9 +128,10 @@ void check(const Tensor& x, const Tensor& alpha) {
   TORCH_CHECK(x.numel() > 0, "BatchNorm has no statistics of nothing");
 }
 
-// v_hat, and the sums of each piece: (pieces, 2, levels).
-void quantize(const float* x, float* v_hat, const Rows& rows, const Affine& affine, float low, float high,
-              const Site& site, const Grid& grid, bool bins, std::vector<double>& sums) {
+// v_hat, with a shortcut r, and the sums of each piece: (pieces, 2, levels).
+void quantize(const float* x, const float* shortcut, float* r_out, float* v_hat, const Rows& rows,
+              const Affine& affine, float low, float high, const Site& site, const Grid& grid, bool bins,
+              std::vector<double>& sums) {
   const int64_t channels = rows.channels, levels = grid.levels();
   const Vec floor(low), ceiling(high);
   rows.for_each([&](int64_t piece) {
@@ -145,8 +149,10 @@ void quantize(const float* x, float* v_hat, const Rows& rows, const Affine& affi
       const Vec scale = Vec::loadu(&affine.scale[c]), shift = Vec::loadu(&affine.shift[c]);
       for (int64_t row = rows.begin(piece); row < rows.end(piece); ++row) {
         const int64_t at = row * channels + c;
-        const Vec y = at::vec::fmadd(Vec::loadu(x + at, lanes), scale, shift);
+        Vec y = at::vec::fmadd(Vec::loadu(x + at, lanes), scale, shift);
+        if (shortcut) y = y + Vec::loadu(shortcut + at, lanes);
         const Vec r = at::vec::clamp(y, floor, ceiling);
+        if (shortcut) r.store(r_out + at, lanes);
         const Vec u = site.divided(r);
         const Vec code = site.code<false>(u);
         (code * site.alpha).store(v_hat + at, lanes);
@@ -165,50 +171,57 @@ void quantize(const float* x, float* v_hat, const Rows& rows, const Affine& affi
   });
 }
 
-Tensor eval_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& var,
-                double eps, double low, double high, const Tensor& alpha, int64_t qn, int64_t qp) {
+std::tuple<Tensor, Tensor> eval_cpu(const Tensor& x, const Optional& shortcut_, const Tensor& weight,
+                                    const Tensor& bias, const Tensor& mean, const Tensor& var, double eps, double low,
+                                    double high, const Tensor& alpha, int64_t qn, int64_t qp) {
   check(x, alpha);
+  const Tensor shortcut = shortcut_ ? as_rows(*shortcut_) : Tensor();
   const Grid grid(qn, qp, false);
   const Site site(alpha.item<float>(), grid, {false, false, false});
-  Tensor v_hat = at::empty_like(x);
+  Tensor v_hat = at::empty_like(x), r = shortcut_ ? at::empty_like(x) : at::empty({0}, x.options());
   std::vector<double> none;
-  quantize(x.const_data_ptr<float>(), v_hat.mutable_data_ptr<float>(), Rows(x),
+  quantize(x.const_data_ptr<float>(), shortcut_ ? shortcut.const_data_ptr<float>() : nullptr,
+           r.mutable_data_ptr<float>(), v_hat.mutable_data_ptr<float>(), Rows(x),
            Affine(weight.contiguous(), bias.contiguous(), mean.contiguous(), var.contiguous(), eps),
            static_cast<float>(low), static_cast<float>(high), site, grid, false, none);
-  return v_hat;
+  return {v_hat, r};
 }
 
-Tensor eval_meta(const Tensor& x, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double, double,
+std::tuple<Tensor, Tensor> eval_meta(const Tensor& x, const Optional& shortcut, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double, double,
                  const Tensor&, int64_t, int64_t) {
-  return at::empty_like(x);
+  return {at::empty_like(x), shortcut ? at::empty_like(x) : at::empty({0}, x.options())};
 }
 
-Forward forward_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, double low, double high,
+Forward forward_cpu(const Tensor& x, const Optional& shortcut_, const Tensor& weight, const Tensor& bias, double eps, double low, double high,
                     const Tensor& alpha, int64_t qn, int64_t qp, bool bins, bool in_steps, bool drop_clipped) {
   check(x, alpha);
   const Rows rows(x);
   const Grid grid(qn, qp, false);
   const Site site(alpha.item<float>(), grid, {bins, in_steps, drop_clipped});
-  Tensor v_hat = at::empty_like(x), mean = at::empty({rows.channels}, weight.options());
+  const Tensor shortcut = shortcut_ ? as_rows(*shortcut_) : Tensor();
+  Tensor v_hat = at::empty_like(x), r = shortcut_ ? at::empty_like(x) : at::empty({0}, x.options());
+  Tensor mean = at::empty({rows.channels}, weight.options());
   Tensor var = at::empty({rows.channels}, weight.options());
   statistics(x.const_data_ptr<float>(), rows, mean.mutable_data_ptr<float>(), var.mutable_data_ptr<float>());
   std::vector<double> sums(bins ? rows.pieces * 2 * grid.levels() : 0);
-  quantize(x.const_data_ptr<float>(), v_hat.mutable_data_ptr<float>(), rows,
+  quantize(x.const_data_ptr<float>(), shortcut_ ? shortcut.const_data_ptr<float>() : nullptr,
+           r.mutable_data_ptr<float>(), v_hat.mutable_data_ptr<float>(), rows,
            Affine(weight.contiguous(), bias.contiguous(), mean, var, eps), static_cast<float>(low),
            static_cast<float>(high), site, grid, bins, sums);
   auto [count, mse] = table_of(sums, rows.pieces, bins ? grid.levels() : 0, x);
-  return {v_hat, mean, var, count, mse};
+  return {v_hat, r, mean, var, count, mse};
 }
 
-Forward forward_meta(const Tensor& x, const Tensor& weight, const Tensor&, double, double, double, const Tensor&,
+Forward forward_meta(const Tensor& x, const Optional& shortcut, const Tensor& weight, const Tensor&, double, double, double, const Tensor&,
                      int64_t qn, int64_t qp, bool bins, bool, bool) {
   const int64_t levels = bins ? Grid(qn, qp, false).levels() : 0;
-  return {at::empty_like(x), at::empty({x.size(1)}, weight.options()), at::empty({x.size(1)}, weight.options()),
+  return {at::empty_like(x), shortcut ? at::empty_like(x) : at::empty({0}, x.options()),
+          at::empty({x.size(1)}, weight.options()), at::empty({x.size(1)}, weight.options()),
           at::empty({levels}, x.options().dtype(at::kLong)), at::empty({levels}, x.options())};
 }
 
-Backward backward_cpu(const Optional& grad_, const Optional& grad_mse_, const Tensor& x, const Tensor& weight,
-                      const Tensor& bias, const Tensor& mean, const Tensor& var, double eps, double low, double high,
+Backward backward_cpu(const Optional& grad_, const Optional& grad_r_, const Optional& grad_mse_, const Tensor& x,
+                      const Optional& r_, const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& var, double eps, double low, double high,
                       const Tensor& alpha, const Tensor& count, int64_t qn, int64_t qp, double scale, bool in_steps,
                       bool drop_clipped) {
   const Rows rows(x);
@@ -219,14 +232,19 @@ Backward backward_cpu(const Optional& grad_, const Optional& grad_mse_, const Te
   const Tensor grad_mse = bins ? grad_mse_->contiguous() : Tensor();
   const Pulls pulls(grid, bins ? grad_mse.const_data_ptr<float>() : nullptr,
                     bins ? count.const_data_ptr<int64_t>() : nullptr);
-  const Tensor grad = grad_.has_value() ? grad_->contiguous(at::MemoryFormat::ChannelsLast) : at::zeros_like(x);
+  const Tensor grad = grad_ ? as_rows(*grad_) : at::zeros_like(x);
+  const Tensor grad_r = grad_r_ ? as_rows(*grad_r_) : Tensor();
   const Affine affine(weight.contiguous(), bias.contiguous(), mean, var, eps);
   const float *in = x.const_data_ptr<float>(), *g = grad.const_data_ptr<float>();
+  const float* r_in = r_ ? r_->const_data_ptr<float>() : nullptr;
+  const float* g_r = grad_r_ ? grad_r.const_data_ptr<float>() : nullptr;
   const float* means = mean.const_data_ptr<float>();
   auto centre = per_channel(channels);
   std::copy(means, means + channels, centre.begin());
   Tensor grad_x = at::empty_like(x);
+  Tensor grad_shortcut = r_ ? at::empty_like(x) : at::empty({0}, x.options());
   float* out = grad_x.mutable_data_ptr<float>();
+  float* dy_out = r_ ? grad_shortcut.mutable_data_ptr<float>() : out;
 
   // First pass: dy, and the sums. Per piece: dbias, dweight * std, and what goes to the two alphas.
   const int64_t size = 2 * channels + 2;
@@ -242,10 +260,13 @@ Backward backward_cpu(const Optional& grad_, const Optional& grad_mse_, const Te
       Vec sum(0.0f), product(0.0f);
       for (int64_t row = rows.begin(piece); row < rows.end(piece); ++row) {
         const int64_t at = row * channels + c;
-        const Vec v = Vec::loadu(in + at, lanes), y = at::vec::fmadd(v, scale, shift);
-        const Vec dr = gradient(at::vec::clamp(y, floor, ceiling), Vec::loadu(g + at, lanes), lanes);
+        const Vec v = Vec::loadu(in + at, lanes);
+        // A clamped r lies on its bound, so that r tells as well as y what was clamped.
+        const Vec y = r_in ? Vec::loadu(r_in + at, lanes) : at::vec::fmadd(v, scale, shift);
+        Vec dr = gradient(at::vec::clamp(y, floor, ceiling), Vec::loadu(g + at, lanes), lanes);
+        if (g_r) dr = dr + Vec::loadu(g_r + at, lanes);
         const Vec dy = if_between(floor, y, ceiling, dr);
-        dy.store(out + at, lanes);
+        dy.store(dy_out + at, lanes);
         sum = sum + dy;
         product = at::vec::fmadd(dy, v - middle, product);
       }
@@ -276,18 +297,20 @@ Backward backward_cpu(const Optional& grad_, const Optional& grad_mse_, const Te
       for (int64_t row = rows.begin(piece); row < rows.end(piece); ++row) {
         const int64_t at = row * channels + c;
         const Vec rest = at::vec::fmadd(Vec::loadu(in + at, lanes), slope, shift);
-        at::vec::fmadd(Vec::loadu(out + at, lanes), scale, rest).store(out + at, lanes);
+        at::vec::fmadd(Vec::loadu(dy_out + at, lanes), scale, rest).store(out + at, lanes);
       }
     }
   });
   const auto scalar = [&](double value) { return at::empty_like(alpha).fill_(static_cast<float>(value)); };
-  return {grad_x, grad_weight, grad_bias, scalar(scale * total[2 * channels]), scalar(total[2 * channels + 1])};
+  return {grad_x, grad_shortcut, grad_weight, grad_bias, scalar(scale * total[2 * channels]), scalar(total[2 * channels + 1])};
 }
 
-Backward backward_meta(const Optional&, const Optional&, const Tensor& x, const Tensor& weight, const Tensor& bias,
+Backward backward_meta(const Optional&, const Optional&, const Optional&, const Tensor& x, const Optional& r,
+                       const Tensor& weight, const Tensor& bias,
                        const Tensor&, const Tensor&, double, double, double, const Tensor& alpha, const Tensor&,
                        int64_t, int64_t, double, bool, bool) {
-  return {at::empty_like(x), at::empty_like(weight), at::empty_like(bias), at::empty_like(alpha),
+  return {at::empty_like(x), r ? at::empty_like(x) : at::empty({0}, x.options()), at::empty_like(weight),
+          at::empty_like(bias), at::empty_like(alpha),
           at::empty_like(alpha)};
 }
 
@@ -306,19 +329,22 @@ const auto& backward_op() {
 class NormLsq : public torch::autograd::Function<NormLsq> {
  public:
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
-                                                const Tensor& weight, const Tensor& bias, double eps, double low,
+                                                const Optional& shortcut, const Tensor& weight, const Tensor& bias, double eps, double low,
                                                 double high, const Tensor& alpha, const Tensor& alpha_br, int64_t qn,
                                                 int64_t qp, double scale, bool bins, bool in_steps,
                                                 bool drop_clipped) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [v_hat, mean, var, count, mse] =
-        forward_op().call(x, weight, bias, eps, low, high, alpha, qn, qp, bins, in_steps, drop_clipped);
-    ctx->save_for_backward({x, weight, bias, mean, var, alpha, count});
+    auto [v_hat, r, mean, var, count, mse] =
+        forward_op().call(x, shortcut, weight, bias, eps, low, high, alpha, qn, qp, bins, in_steps, drop_clipped);
+    ctx->save_for_backward({x, weight, bias, mean, var, alpha, count, shortcut ? r : Tensor()});
     ctx->saved_data["integers"] = std::vector<int64_t>{qn, qp, in_steps, drop_clipped};
     ctx->saved_data["floats"] = std::vector<double>{eps, low, high, scale};
-    ctx->mark_non_differentiable({mean, var, count});
+    if (shortcut)
+      ctx->mark_non_differentiable({mean, var, count});
+    else
+      ctx->mark_non_differentiable({r, mean, var, count});
     ctx->set_materialize_grads(false);
-    return {v_hat, mean, var, count, mse};
+    return {v_hat, r, mean, var, count, mse};
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
@@ -327,45 +353,46 @@ class NormLsq : public torch::autograd::Function<NormLsq> {
     const auto integers = ctx->saved_data["integers"].toIntVector();
     const auto floats = ctx->saved_data["floats"].toDoubleVector();
     const auto optional = [](const Tensor& t) { return t.defined() ? Optional(t) : Optional(); };
-    auto [grad_x, grad_weight, grad_bias, grad_alpha, grad_alpha_br] = backward_op().call(
-        optional(grads[0]), optional(grads[4]), saved[0], saved[1], saved[2], saved[3], saved[4], floats[0], floats[1],
-        floats[2], saved[5], saved[6], integers[0], integers[1], floats[3], integers[2], integers[3]);
-    return {grad_x, grad_weight, grad_bias, {}, {}, {}, grad_alpha, grads[4].defined() ? grad_alpha_br : Tensor(),
-            {}, {}, {}, {}, {}, {}};
+    auto [grad_x, grad_shortcut, grad_weight, grad_bias, grad_alpha, grad_alpha_br] = backward_op().call(
+        optional(grads[0]), optional(grads[1]), optional(grads[5]), saved[0], optional(saved[7]), saved[1], saved[2],
+        saved[3], saved[4], floats[0], floats[1], floats[2], saved[5], saved[6], integers[0], integers[1], floats[3],
+        integers[2], integers[3]);
+    return {grad_x, saved[7].defined() ? grad_shortcut : Tensor(), grad_weight, grad_bias, {}, {}, {}, grad_alpha,
+            grads[5].defined() ? grad_alpha_br : Tensor(), {}, {}, {}, {}, {}, {}};
   }
 };
 
-Forward with_grad(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, double low, double high,
+Forward with_grad(const Tensor& x, const Optional& shortcut, const Tensor& weight, const Tensor& bias, double eps, double low, double high,
                   const Tensor& alpha, const Tensor& alpha_br, int64_t qn, int64_t qp, double scale, bool bins,
                   bool in_steps, bool drop_clipped) {
-  auto out = NormLsq::apply(x, weight, bias, eps, low, high, alpha, alpha_br, qn, qp, scale, bins, in_steps,
+  auto out = NormLsq::apply(x, shortcut, weight, bias, eps, low, high, alpha, alpha_br, qn, qp, scale, bins, in_steps,
                             drop_clipped);
-  return {out[0], out[1], out[2], out[3], out[4]};
+  return {out[0], out[1], out[2], out[3], out[4], out[5]};
 }
 
-Forward without_grad(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, double low, double high,
+Forward without_grad(const Tensor& x, const Optional& shortcut, const Tensor& weight, const Tensor& bias, double eps, double low, double high,
                      const Tensor& alpha, const Tensor&, int64_t qn, int64_t qp, double, bool bins, bool in_steps,
                      bool drop_clipped) {
-  return forward_op().call(x, weight, bias, eps, low, high, alpha, qn, qp, bins, in_steps, drop_clipped);
+  return forward_op().call(x, shortcut, weight, bias, eps, low, high, alpha, qn, qp, bins, in_steps, drop_clipped);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(brqat, m) {
   m.def(
-      "norm_lsq(Tensor x, Tensor weight, Tensor bias, float eps, float low, float high, Tensor alpha, Tensor "
+      "norm_lsq(Tensor x, Tensor? shortcut, Tensor weight, Tensor bias, float eps, float low, float high, Tensor alpha, Tensor "
       "alpha_br, int qn, int qp, float scale, bool bins, bool in_steps, bool drop_clipped) -> (Tensor, Tensor, "
-      "Tensor, Tensor, Tensor)");
+      "Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "norm_lsq_forward(Tensor x, Tensor weight, Tensor bias, float eps, float low, float high, Tensor alpha, int qn, "
-      "int qp, bool bins, bool in_steps, bool drop_clipped) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "norm_lsq_forward(Tensor x, Tensor? shortcut, Tensor weight, Tensor bias, float eps, float low, float high, Tensor alpha, int qn, "
+      "int qp, bool bins, bool in_steps, bool drop_clipped) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "norm_lsq_backward(Tensor? grad, Tensor? grad_mse, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor "
+      "norm_lsq_backward(Tensor? grad, Tensor? grad_r, Tensor? grad_mse, Tensor x, Tensor? r, Tensor weight, Tensor bias, Tensor mean, Tensor "
       "var, float eps, float low, float high, Tensor alpha, Tensor count, int qn, int qp, float scale, bool in_steps, "
-      "bool drop_clipped) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool drop_clipped) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "norm_lsq_eval(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var, float eps, float low, float high, "
-      "Tensor alpha, int qn, int qp) -> Tensor");
+      "norm_lsq_eval(Tensor x, Tensor? shortcut, Tensor weight, Tensor bias, Tensor mean, Tensor var, float eps, float "
+      "low, float high, Tensor alpha, int qn, int qp) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(brqat, CPU, m) {
