@@ -13,7 +13,8 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t PIECE = 65536;
+constexpr int64_t PIECE = 65536;  // weights that one thread takes at a time
+constexpr int64_t BLOCK = 256;
 
 // codes: of each site, int16; the rest flat over all sites: last int16, direction int8, frequency float32, flips int32.
 void oscillation(at::TensorList codes, Tensor last, Tensor direction, Tensor frequency, Tensor flips, double momentum) {
@@ -30,14 +31,19 @@ void oscillation(at::TensorList codes, Tensor last, Tensor direction, Tensor fre
     float* often = frequency.mutable_data_ptr<float>() + start;
     int32_t* count = flips.mutable_data_ptr<int32_t>() + start;
     at::parallel_for(0, size, PIECE, [&](int64_t begin, int64_t end) {
-#pragma omp simd
-      for (int64_t i = begin; i < end; ++i) {
-        const int8_t change = (now[i] > before[i]) - (now[i] < before[i]);
-        const float back = change * way[i] < 0 ? 1.0f : 0.0f;
-        often[i] += share * (back - often[i]);
-        count[i] += change != 0;
-        way[i] = change != 0 ? change : way[i];
-        before[i] = now[i];
+      for (int64_t from = begin; from < end; from += BLOCK) {
+        const int64_t to = std::min(end, from + BLOCK);
+        for (int64_t i = from; i < to; ++i) often[i] -= share * often[i];
+        // In most blocks no code has changed.
+        if (std::equal(now + from, now + to, before + from)) continue;
+        for (int64_t i = from; i < to; ++i) {
+          if (now[i] == before[i]) continue;
+          const int8_t change = now[i] > before[i] ? 1 : -1;
+          if (change * way[i] < 0) often[i] += share;
+          ++count[i];
+          way[i] = change;
+          before[i] = now[i];
+        }
       }
     });
     start += size;

@@ -32,6 +32,8 @@ using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Tensor as_rows(const Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
 
+constexpr int64_t FIRST_ROWS = 16;  // whose mean is near enough to that of all
+
 // Rows of a tensor, cut into pieces of about PIECE elements.
 struct Rows {
   int64_t count, channels, per_piece, pieces;
@@ -57,15 +59,35 @@ struct Rows {
 // One number per channel in whole vectors, so that the last can be loaded too.
 std::vector<float> per_channel(int64_t channels) { return std::vector<float>(padded(channels)); }
 
-// Sum of function(x) over rows, a vector of channels. Four sums side by side, since an addition waits for the one before.
+// Calls function(channel, lanes) for each vector of channels; lanes is a constant to the compiler where it is WIDTH.
 template <typename Function>
-C10_ALWAYS_INLINE Vec sum_over(const float* x, int64_t rows, int64_t channels, int64_t lanes, const Function& function) {
+C10_ALWAYS_INLINE void for_vectors(int64_t channels, const Function& function) {
+  int64_t c = 0;
+  for (; c + WIDTH <= channels; c += WIDTH) function(c, std::integral_constant<int64_t, WIDTH>());
+  if (c < channels) function(c, channels - c);
+}
+
+// Sums of v - about and of its squares over rows, for a vector of channels. Several sums side by side, since an
+// addition waits for the one before it.
+template <typename Lanes>
+C10_ALWAYS_INLINE std::pair<Vec, Vec> sums_about(const Vec& about, const float* x, int64_t rows, int64_t channels,
+                                                 Lanes lanes) {
   Vec sums[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
+  Vec squares[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
+  const auto take = [&](int64_t k, int64_t row) __attribute__((always_inline)) {
+    const Vec apart = Vec::loadu(x + row * channels, lanes) - about;
+    sums[k] = sums[k] + apart;
+    squares[k] = at::vec::fmadd(apart, apart, squares[k]);
+  };
   int64_t row = 0;
-  for (; row + 4 <= rows; row += 4)
-    for (int64_t k = 0; k < 4; ++k) sums[k] = sums[k] + function(Vec::loadu(x + (row + k) * channels, lanes));
-  for (; row < rows; ++row) sums[0] = sums[0] + function(Vec::loadu(x + row * channels, lanes));
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  for (; row + 4 <= rows; row += 4) {
+    take(0, row);
+    take(1, row + 1);
+    take(2, row + 2);
+    take(3, row + 3);
+  }
+  for (; row < rows; ++row) take(0, row);
+  return {(sums[0] + sums[1]) + (sums[2] + sums[3]), (squares[0] + squares[1]) + (squares[2] + squares[3])};
 }
 
 void store_as_double(const Vec& v, double* out, int64_t lanes) {
@@ -74,24 +96,29 @@ void store_as_double(const Vec& v, double* out, int64_t lanes) {
   std::copy(held, held + lanes, out);
 }
 
-// Mean and biased variance of every channel. Each piece is read twice while it lies in the cache: its squares are
-// taken about its own mean (Chan, Golub, LeVeque, 1979), which cancels nothing.
+// Mean and biased variance of every channel. The squares of a piece are taken about the mean of its first rows, and
+// pieces are joined as Chan, Golub, LeVeque (1979) do: nothing large cancels.
 void statistics(const float* x, const Rows& rows, float* mean, float* var) {
   const int64_t channels = rows.channels;
   std::vector<double> means(rows.pieces * channels), squares(rows.pieces * channels);
   rows.for_each([&](int64_t piece) {
     const float* start = x + rows.begin(piece) * channels;
     const int64_t count = rows.end(piece) - rows.begin(piece);
-    for (int64_t c = 0; c < channels; c += WIDTH) {
-      const int64_t lanes = std::min(WIDTH, channels - c);
-      const auto sum = [&](const auto& function) { return sum_over(start + c, count, channels, lanes, function); };
-      const Vec n(static_cast<float>(count));
-      const Vec rough = sum([](const Vec& v) { return v; }) / n;
-      const Vec centre = rough + sum([&](const Vec& v) { return v - rough; }) / n;
-      const Vec square = sum([&](const Vec& v) { return (v - centre) * (v - centre); });
-      store_as_double(centre, &means[piece * channels + c], lanes);
-      store_as_double(square, &squares[piece * channels + c], lanes);
-    }
+    for_vectors(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+      const int64_t first = std::min<int64_t>(count, FIRST_ROWS);
+      const Vec about =
+          sums_about(Vec(0.0f), start + c, first, channels, lanes).first / Vec(static_cast<float>(first));
+      const auto [sum, square] = sums_about(about, start + c, count, channels, lanes);
+      float about_lanes[WIDTH], sum_lanes[WIDTH], square_lanes[WIDTH];
+      about.store(about_lanes);
+      sum.store(sum_lanes);
+      square.store(square_lanes);
+      for (int64_t i = 0; i < lanes; ++i) {
+        const double off = static_cast<double>(sum_lanes[i]) / count;
+        means[piece * channels + c + i] = about_lanes[i] + off;
+        squares[piece * channels + c + i] = std::max(0.0, square_lanes[i] - off * off * count);
+      }
+    });
   });
   for (int64_t c = 0; c < channels; ++c) {
     double count = 0, total_mean = 0, total_square = 0;
@@ -133,8 +160,10 @@ void quantize(const float* x, const float* shortcut, float* r_out, float* v_hat,
               const Affine& affine, float low, float high, const Site& site, const Grid& grid, bool bins,
               std::vector<double>& sums) {
   const int64_t channels = rows.channels, levels = grid.levels();
-  const Vec floor(low), ceiling(high);
-  rows.for_each([&](int64_t piece) {
+  rows.for_each([&, site_ = site](int64_t piece) {
+    // Own copies: a store could change what lies behind a reference, for all the compiler knows.
+    const Site site = site_;
+    const Vec floor(low), ceiling(high);
     double* part = bins ? &sums[piece * 2 * levels] : nullptr;
     BinSums bin_sums(grid, part, part + levels);
     float bin[BLOCK + WIDTH], squared[BLOCK + WIDTH];
@@ -144,8 +173,7 @@ void quantize(const float* x, const float* shortcut, float* r_out, float* v_hat,
       bin_sums.add(bin, squared, padded(held));
       held = 0;
     };
-    for (int64_t c = 0; c < channels; c += WIDTH) {
-      const int64_t lanes = std::min(WIDTH, channels - c);
+    for_vectors(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
       const Vec scale = Vec::loadu(&affine.scale[c]), shift = Vec::loadu(&affine.shift[c]);
       for (int64_t row = rows.begin(piece); row < rows.end(piece); ++row) {
         const int64_t at = row * channels + c;
@@ -163,7 +191,7 @@ void quantize(const float* x, const float* shortcut, float* r_out, float* v_hat,
           if ((held += lanes) > BLOCK - WIDTH) pass_on();
         }
       }
-    }
+    });
     if (bins) {
       if (held) pass_on();
       bin_sums.finish();
@@ -249,12 +277,11 @@ Backward backward_cpu(const Optional& grad_, const Optional& grad_r_, const Opti
   // First pass: dy, and the sums. Per piece: dbias, dweight * std, and what goes to the two alphas.
   const int64_t size = 2 * channels + 2;
   std::vector<double> sums(rows.pieces * size);
-  const Vec floor(static_cast<float>(low)), ceiling(static_cast<float>(high));
   rows.for_each([&](int64_t piece) {
+    const Vec floor(static_cast<float>(low)), ceiling(static_cast<float>(high));
     double* part = &sums[piece * size];
     Gradient<false> gradient{site, pulls, bins};
-    for (int64_t c = 0; c < channels; c += WIDTH) {
-      const int64_t lanes = std::min(WIDTH, channels - c);
+    for_vectors(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
       const Vec scale = Vec::loadu(&affine.scale[c]), shift = Vec::loadu(&affine.shift[c]);
       const Vec middle = Vec::loadu(&centre[c]);
       Vec sum(0.0f), product(0.0f);
@@ -273,7 +300,7 @@ Backward backward_cpu(const Optional& grad_, const Optional& grad_r_, const Opti
       store_as_double(sum, part + c, lanes);
       store_as_double(product, part + channels + c, lanes);
       gradient.flush(part + 2 * channels, part + 2 * channels + 1);
-    }
+    });
   });
   std::vector<double> total(size);
   for (int64_t piece = 0; piece < rows.pieces; ++piece)
@@ -291,15 +318,14 @@ Backward backward_cpu(const Optional& grad_, const Optional& grad_r_, const Opti
     constant[c] = static_cast<float>(-affine.scale[c] * total[c] / rows.count - slope * means[c]);
   }
   rows.for_each([&](int64_t piece) {
-    for (int64_t c = 0; c < channels; c += WIDTH) {
-      const int64_t lanes = std::min(WIDTH, channels - c);
+    for_vectors(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
       const Vec scale = Vec::loadu(&affine.scale[c]), slope = Vec::loadu(&per_x[c]), shift = Vec::loadu(&constant[c]);
       for (int64_t row = rows.begin(piece); row < rows.end(piece); ++row) {
         const int64_t at = row * channels + c;
         const Vec rest = at::vec::fmadd(Vec::loadu(in + at, lanes), slope, shift);
         at::vec::fmadd(Vec::loadu(dy_out + at, lanes), scale, rest).store(out + at, lanes);
       }
-    }
+    });
   });
   const auto scalar = [&](double value) { return at::empty_like(alpha).fill_(static_cast<float>(value)); };
   return {grad_x, grad_shortcut, grad_weight, grad_bias, scalar(scale * total[2 * channels]), scalar(total[2 * channels + 1])};
