@@ -40,7 +40,12 @@ from brqat.step import Step
 
 BATCHES = {"resnet20": 128, "resnet18": 32, "mobilenet_v2": 64}
 FLOAT, LSQ_ROW, BR_ROW = "float", "brqat W2A2", "brqat W2A2 BR weights+activations"
-PLAIN, BUILT_IN, BREVITAS, TORCHAO = "brqat W2A2 BR, kernels=torch", "torch learnable fake-quantize W2A2", "Brevitas W2A2", "torchao pt2e W2A2"
+PLAIN, BUILT_IN, BREVITAS, TORCHAO = (
+    "brqat W2A2 BR, kernels=torch",
+    "torch learnable fake-quantize W2A2",
+    "Brevitas W2A2",
+    "torchao pt2e W2A2",
+)
 FLOAT_COMPILED, BR_COMPILED = "float, compiled", "brqat W2A2 BR, compiled"
 
 Batch = tuple[Tensor, Tensor]
@@ -130,7 +135,11 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def table(found: dict) -> str:
-    lines = [f"{found['model']}, batch {found['batch']}", "| step | ms | of float (10% to 90% of rounds) |", "|---|---|---|"]
+    lines = [
+        f"{found['model']}, batch {found['batch']}",
+        "| step | ms | of float (10% to 90% of rounds) |",
+        "|---|---|---|",
+    ]
     for name, of in found["ratio"].items():
         ratio = f"{of['median']:.3f} ({of['low']:.3f} to {of['high']:.3f})"
         lines.append(f"| {name} | {found['milliseconds'][name]:.1f} | {ratio} |")
@@ -168,7 +177,9 @@ def brqat_step(name: str, images: Tensor, regularizer, choice: str, compiled: bo
     regularizer = regularizer or NoRegularizer()
     policy = AlphaPolicy("learnable", "learnable")
     found = sites(model)
-    optimizer = policy.optimizer(partial(torch.optim.SGD, lr=1e-4, momentum=0.9, weight_decay=1e-4), model, found.values())
+    optimizer = policy.optimizer(
+        partial(torch.optim.SGD, lr=1e-4, momentum=0.9, weight_decay=1e-4), model, found.values()
+    )
     step = Step(model, found, regularizer, policy, optimizer, nullcontext, compiled)
     step.prepare(regularized=True)
 
@@ -273,7 +284,12 @@ def torchao(model: nn.Module, images: Tensor) -> nn.Module:
         fake = FusedMovingAvgObsFakeQuantize.with_args(observer=MovingAverageMinMaxObserver)
         scheme = torch.per_tensor_symmetric if low < 0 else torch.per_tensor_affine
         return QuantizationSpec(
-            dtype=dtype, quant_min=low, quant_max=high, qscheme=scheme, is_dynamic=False, observer_or_fake_quant_ctr=fake
+            dtype=dtype,
+            quant_min=low,
+            quant_max=high,
+            qscheme=scheme,
+            is_dynamic=False,
+            observer_or_fake_quant_ctr=fake,
         )
 
     with contextlib.redirect_stderr(None):

@@ -82,7 +82,9 @@ def _take_in(model: nn.Module, layer: fx.Node, calls: dict[nn.Module, int]) -> b
     if not _foldable(model, norm, calls):
         return False
     between = [node for node in (add, activation) if node is not None]
-    if not all(_once(model, node, calls) for node in between) or any(len(n.users) > 1 for n in between[: -1 if add else None]):
+    if not all(_once(model, node, calls) for node in between) or any(
+        len(n.users) > 1 for n in between[: -1 if add else None]
+    ):
         return False
     batch_norm: nn.BatchNorm2d = model.get_submodule(norm.target)
     deferred = DeferredNorm(batch_norm.num_features, batch_norm.eps, batch_norm.momentum, device="meta")
@@ -111,7 +113,9 @@ def _foldable(model: nn.Module, node, calls: dict[nn.Module, int]) -> bool:
 
 
 def _module(model: nn.Module, node, kinds) -> bool:
-    return isinstance(node, fx.Node) and node.op == "call_module" and isinstance(model.get_submodule(node.target), kinds)
+    return (
+        isinstance(node, fx.Node) and node.op == "call_module" and isinstance(model.get_submodule(node.target), kinds)
+    )
 
 
 def _once(model: nn.Module, node: fx.Node, calls: dict[nn.Module, int]) -> bool:

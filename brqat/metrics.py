@@ -22,6 +22,7 @@ import math
 import torch
 from torch import Tensor
 
+from brqat import kernels
 from brqat.bins import as_float, bin_count, bin_index, bin_sum
 from brqat.grid import Grid
 from brqat.quantizer.base import Quantizer
@@ -59,16 +60,19 @@ def site_sums(site: Quantizer, v: Tensor, codes: Tensor, alpha_before: Tensor | 
     v, codes: what the site saw. alpha_before: its alpha at the last evaluation, None at the first.
     """
     grid, alpha = site.grid, site.alpha.detach()
+    edges = histogram_edges(grid)
+    first, width, bars = edges[0].item(), (edges[1] - edges[0]).item(), len(edges) - 1
     v = as_float(v)
+    if kernels.native_on(v.device) and v.dtype == torch.float32:
+        n, moved = v.new_tensor([v.numel()]).double(), _moved(site, v, codes, alpha_before).double()[None]
+        sums = torch.ops.brqat.site_sums(v, codes, alpha, grid.qn, grid.qp, grid.gap == 2, first, width, bars)
+        head = SCALARS.index("moved_by_alpha") - 1  # n comes first
+        return torch.cat([n, sums[:head], moved, sums[head:]])
     u = v / alpha
     e = u - codes
     distance = e.abs()
     below, above = u < grid.qn, u > grid.qp
     inside, nonzero = ~(below | above), v != 0
-    if alpha_before is None or torch.equal(alpha_before, alpha):
-        moved = torch.zeros((), device=v.device)
-    else:
-        moved = (site.codes(v, alpha_before) != codes).sum()
     scalars = [
         torch.full((), v.numel(), device=v.device),
         distance.sum(dtype=torch.float64),
@@ -83,7 +87,7 @@ def site_sums(site: Quantizer, v: Tensor, codes: Tensor, alpha_before: Tensor | 
         (distance < 0.05).sum(),
         v.square().sum(dtype=torch.float64),
         (v - codes * alpha).square().sum(dtype=torch.float64),
-        moved,
+        _moved(site, v, codes, alpha_before),
         (~v.isfinite()).sum(),
     ]
     index, levels = bin_index(codes, grid), grid.num_levels
@@ -92,11 +96,16 @@ def site_sums(site: Quantizer, v: Tensor, codes: Tensor, alpha_before: Tensor | 
         bin_sum(index, e.double(), levels),
         bin_sum(index, e.double().square(), levels),
     ]
-    edges = histogram_edges(grid)
-    width = (edges[1] - edges[0]).item()
-    position = ((u - edges[0].item()) / width).floor().nan_to_num(0.0).clamp(0, len(edges) - 2).long()
-    tables.append(bin_count(position, len(edges) - 1).double())
+    position = ((u - first) / width).floor().nan_to_num(0.0).clamp(0, bars - 1).long()
+    tables.append(bin_count(position, bars).double())
     return torch.cat([torch.stack([s.double() for s in scalars]), *tables])
+
+
+def _moved(site: Quantizer, v: Tensor, codes: Tensor, alpha_before: Tensor | None) -> Tensor:
+    """How many codes alpha's move alone has changed, a scalar."""
+    if alpha_before is None or torch.equal(alpha_before, site.alpha.detach()):
+        return torch.zeros((), device=v.device)
+    return (site.codes(v, alpha_before) != codes).sum()
 
 
 def level_metrics(sums: Tensor, grid: Grid) -> tuple[dict, Tensor]:

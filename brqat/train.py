@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -220,6 +221,8 @@ def _run_on(device: torch.device, cfg: DictConfig, parts: Parts, files: RunFiles
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     used = kernels.choose(settings.kernels, device)
+    if settings.compile:
+        _prepare_compiler(device)
     splits: Splits = _make(cfg.dataset, "dataset").to(device)
     check_batch_size(settings.batch_size, len(splits.train))
     recipe = _recipe(settings, lr_warmup_epochs, device)
@@ -277,8 +280,11 @@ def _run_on(device: torch.device, cfg: DictConfig, parts: Parts, files: RunFiles
     )
     fit.kept = {f"float_{key}": float_summary.get(key) for key in ("val_acc", "test_acc")}
     fit.kept["threads"] = torch.get_num_threads()
+    fit.kept["kernels"] = used
     if fit.start_or_resume():
         log.info("resumed after epoch %d", fit.epoch)
+        if (before := fit.kept.get("kernels")) != used:
+            log.warning("begun with kernels=%s and resumed with kernels=%s: the last digits may differ", before, used)
     past = files.epochs()
     config = OmegaConf.to_container(cfg, resolve=True)
     identity = trial.identity if trial else Identity(fit.kept.get("wandb_run_id"))
@@ -312,6 +318,14 @@ def _run_on(device: torch.device, cfg: DictConfig, parts: Parts, files: RunFiles
 
 
 # ---- the parts of a run
+
+
+def _prepare_compiler(device: torch.device) -> None:
+    """Raises ValueError where torch.compile has nothing to compile with."""
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise ValueError(f"compile=true needs a C++ compiler, and there is no {compiler}. Write compile=false.")
+    torch._dynamo.reset()  # it gives up on a function that was compiled for many runs of one process
 
 
 def _recipe(settings: Settings, lr_warmup_epochs: float, device: torch.device) -> Recipe:

@@ -432,7 +432,10 @@ def test_drift_of_alphas_per_channel_is_their_mean(pictures):
 
 def test_dead_bins_are_those_empty_in_five_evaluations_running(quantized):
     quantized.eval()
-    history, alpha = LevelHistory(sites(quantized), Oscillation(sites(quantized)), 0), sites(quantized)["conv2.weight"].alpha.item()
+    history, alpha = (
+        LevelHistory(sites(quantized), Oscillation(sites(quantized)), 0),
+        sites(quantized)["conv2.weight"].alpha.item(),
+    )
     full = torch.linspace(-2, 1, 576).view(8, 8, 3, 3) * alpha
     without_lowest, without_ends = full.clamp(min=-alpha), full.clamp(-alpha, 0)
     dead = []

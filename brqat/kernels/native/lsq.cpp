@@ -29,34 +29,6 @@ using Optional = std::optional<Tensor>;
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Backward = std::tuple<Tensor, Tensor, Tensor>;
 
-// A stretch of memory with one alpha.
-struct Piece {
-  int64_t start, size, alpha;
-};
-
-std::vector<Piece> pieces_of(int64_t numel, int64_t alphas) {
-  std::vector<Piece> pieces;
-  if (numel == 0) return pieces;
-  if (alphas == 1) {
-    for (int64_t start = 0; start < numel; start += PIECE) pieces.push_back({start, std::min(PIECE, numel - start), 0});
-  } else {
-    const int64_t row = numel / alphas;
-    for (int64_t channel = 0; channel < alphas; ++channel) pieces.push_back({channel * row, row, channel});
-  }
-  return pieces;
-}
-
-// v as it is where memory can be walked from end to end, with dim 0 outermost if each of its rows has an alpha.
-Tensor walkable(const Tensor& v, int64_t alphas) {
-  const bool rows = alphas == 1 || v.size(0) <= 1 || v.stride(0) * v.size(0) == v.numel();
-  return v.is_non_overlapping_and_dense() && rows ? v : v.contiguous();
-}
-
-Tensor laid_out_as(const Tensor& t, const Tensor& like) {
-  if (t.strides() == like.strides() && t.scalar_type() == like.scalar_type()) return t;
-  return at::empty_like(like).copy_(t);
-}
-
 void check(const Tensor& v, const Tensor& alpha) {
   TORCH_CHECK(v.scalar_type() == at::kFloat || v.scalar_type() == at::kBFloat16, "v is ", v.scalar_type(),
               ": the kernel takes float32 and bfloat16");

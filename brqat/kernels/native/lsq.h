@@ -15,6 +15,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <c10/macros/Macros.h>
 
 namespace brqat {
@@ -295,6 +296,33 @@ struct Gradient {
     alpha = alpha_br = Vec(0.0f);
   }
 };
+
+// A stretch of memory with one alpha.
+struct Piece {
+  int64_t start, size, alpha;
+};
+
+inline std::vector<Piece> pieces_of(int64_t numel, int64_t alphas) {
+  std::vector<Piece> pieces;
+  if (numel == 0) return pieces;
+  if (alphas == 1) {
+    for (int64_t start = 0; start < numel; start += PIECE) pieces.push_back({start, std::min(PIECE, numel - start), 0});
+  } else {
+    const int64_t row = numel / alphas;
+    for (int64_t channel = 0; channel < alphas; ++channel) pieces.push_back({channel * row, row, channel});
+  }
+  return pieces;
+}
+
+// v as it is where memory can be walked from end to end, with dim 0 outermost if each of its rows has an alpha.
+inline Tensor walkable(const Tensor& v, int64_t alphas) {
+  const bool rows = alphas == 1 || v.size(0) <= 1 || v.stride(0) * v.size(0) == v.numel();
+  return v.is_non_overlapping_and_dense() && rows ? v : v.contiguous();
+}
+
+inline Tensor laid_out_as(const Tensor& t, const Tensor& like) {
+  return t.strides() == like.strides() ? t : at::empty_like(like, like.options().dtype(t.scalar_type())).copy_(t);
+}
 
 constexpr int64_t padded(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
 
