@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 
 LEVEL_BATCH = 128  # pictures whose values at all sites are held at once to be measured
 GRADIENT_PICTURES = 64  # that alpha's gradients are measured on after an epoch
+# Pictures at once in an evaluation, by whether the device is a GPU: there the first size that fits, while on a CPU 128
+# were 1.6 to 2.4 times faster than 512 (LOG.md).
+EVAL_BATCH = {True: 4096, False: 128}
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
 
 
@@ -55,7 +58,7 @@ class Recipe:
     epochs: int
     warmup_epochs: int
     batch_size: int
-    eval_batch_size: int
+    eval_batch_size: int | None  # None: what EVAL_BATCH says
     seed: int
     lr_warmup_epochs: float
     bn_batches: int
@@ -115,6 +118,7 @@ class Fit:
             self.recipe.compiled,
         )
         self.positive = self.step.positive
+        self.eval_batch_size = self.recipe.eval_batch_size or EVAL_BATCH[self.device.type == "cuda"]
         self.levels = LevelHistory(self.sites, self.step.oscillation, self.recipe.warmup_epochs)
 
     # ---- the loop
@@ -194,7 +198,7 @@ class Fit:
         recipe = self.recipe
         trained = running_statistics(self.model)
         with recipe.autocast(), self.reestimated():
-            score = evaluate(self.model, self._until_stopped(self.splits.val.in_order(recipe.eval_batch_size)))
+            score = self._score(self.splits.val)
             if not math.isfinite(score.loss):
                 raise Diverged(f"the validation loss is not finite in epoch {epoch}")
             rows, histograms = self._levels(epoch)
@@ -205,6 +209,17 @@ class Fit:
                 self.best, self.best_epoch = score, epoch
                 self._save_best(trained)
         return score, rows, histograms
+
+    def _score(self, part: Pixels | Files) -> Score:
+        """Of a split. Where the batch was ours to choose, one that does not fit on the device is halved for good."""
+        while True:
+            try:
+                return evaluate(self.model, self._until_stopped(part.in_order(self.eval_batch_size)))
+            except torch.OutOfMemoryError:
+                if self.recipe.eval_batch_size is not None or self.eval_batch_size == 1:
+                    raise
+                self.eval_batch_size //= 2
+                log.info("evaluating %d pictures at once: more do not fit", self.eval_batch_size)
 
     def reestimated(self) -> AbstractContextManager:
         """BatchNorm re-estimated on the same few batches of training pictures each time."""
@@ -335,7 +350,7 @@ class Fit:
         def score(part: Pixels | Files) -> Score:
             # A new autocast each time: within one it keeps its copies of weights that have been replaced since.
             with self.recipe.autocast():
-                return evaluate(self.model, self._until_stopped(part.in_order(self.recipe.eval_batch_size)))
+                return self._score(part)
 
         val, test = self.splits.val, self.splits.test
         self.model.eval()

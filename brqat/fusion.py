@@ -14,7 +14,6 @@ other where it is not.
 import logging
 import math
 
-import torch
 from torch import Tensor, fx, nn
 
 from brqat.layers import QUANTIZED, Before, QuantConv2d

@@ -35,7 +35,7 @@ LEAST = {
     "epochs": 0,
     "warmup_epochs": 0,
     "batch_size": 2,  # BatchNorm has no variance over one picture
-    "eval_batch_size": 1,
+    "eval_batch_size": 1,  # or null
     "pretrain_epochs": 1,
     "calibration_batches": 1,
     "bn_batches": 1,
@@ -65,7 +65,7 @@ class Settings:
     epochs: int
     warmup_epochs: int
     batch_size: int
-    eval_batch_size: int
+    eval_batch_size: int | None
     device: str
     threads: int | None
     precision: str
@@ -84,7 +84,7 @@ class Settings:
     def __post_init__(self):
         for key, low in LEAST.items():
             value = getattr(self, key)
-            if key in ("pretrain_epochs", "threads") and value is None:
+            if key in ("pretrain_epochs", "threads", "eval_batch_size") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{key}={value!r} cannot be: write a whole number, {low} or more.")

@@ -501,6 +501,8 @@ GOOD = {
     "eval_batch_size": 512,
     "device": "cpu",
     "precision": "fp32",
+    "compile": False,
+    "kernels": "auto",
     "threads": None,
     "objective": "val_acc",
     "pretrained": "auto",
@@ -532,10 +534,12 @@ def test_an_unknown_key_like_no_other_is_refused_with_all_keys():
 
 
 BAD_NUMBERS = [(key, value) for key, low in LEAST.items() for value in (low - 1, 1.5, "3", True, [3])]
-BAD_NUMBERS += [(key, None) for key in LEAST if key not in ("pretrain_epochs", "threads")] + [("seed", 2**31)]
+BAD_NUMBERS += [(key, None) for key in LEAST if key not in ("pretrain_epochs", "threads", "eval_batch_size")]
+BAD_NUMBERS += [("seed", 2**31)]
 BAD_WORDS = [("precision", "fp16"), ("precision", None), ("objective", "test_acc"), ("objective", 1)]
 BAD_WORDS += [(key, value) for key in ("device", "pretrained", "cache_dir") for value in (None, 3, True)]
-BAD_WORDS += [("resume", value) for value in (None, 0, "false")]
+BAD_WORDS += [(key, value) for key in ("resume", "compile") for value in (None, 0, "false")]
+BAD_WORDS += [("kernels", value) for value in (None, "triton", True)]
 
 
 @pytest.mark.parametrize("key, value", BAD_NUMBERS + BAD_WORDS)

@@ -593,3 +593,28 @@ def test_alpha_sites_of_best_pt_are_those_of_the_levels(digits):
     for name, site in sites(model).items():
         (row,) = [row for row in by_site(digits)[name] if row["epoch"] == best["epoch"]]
         assert site.alpha.item() == pytest.approx(row["alpha"], rel=1e-6)
+
+
+def test_an_evaluation_that_does_not_fit_is_halved_until_it_does(tmp_path, cache, monkeypatch, caplog):
+    """On a device whose memory holds 20 pictures at once; a size that was asked for is not changed behind one's back."""
+    from brqat import fit
+
+    sizes, evaluate = [], fit.evaluate
+
+    def small_device(model, batches):
+        def seen(batches):
+            for images, labels in batches:
+                sizes.append(len(images))
+                if len(images) > 20:
+                    raise torch.OutOfMemoryError("no room")
+                yield images, labels
+
+        return evaluate(model, seen(batches))
+
+    monkeypatch.setattr(fit, "evaluate", small_device)
+    caplog.set_level("INFO")
+    train(tmp_path / "run", cache, *SYNTHETIC, "pretrained=none")
+    assert sizes[0] > 20 and 10 < max(sizes[-3:]) <= 20
+    assert caplog.text.count("more do not fit") == len([size for size in sizes if size > 20])
+    with pytest.raises(torch.OutOfMemoryError):
+        train(tmp_path / "asked", cache, *SYNTHETIC, "pretrained=none", "eval_batch_size=21")

@@ -1,7 +1,7 @@
 """The fast way: LSQ and the per-bin table in one pass over the data, instead of one per operation.
 
-`kernels=auto|torch|native` chooses for the whole process. The plain PyTorch beside it (quantizer/lsq.py, bins.py) is the
-reference: the same codes, and gradients that differ by rounding only.
+`kernels=auto|torch|native` chooses for the whole process. The plain PyTorch beside it (quantizer/lsq.py, bins.py) is
+the reference: the same codes, and gradients that differ by rounding only.
 
     cpu     native/*.cpp, built once per machine and kept in the cache
     cuda    triton.py
