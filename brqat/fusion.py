@@ -79,7 +79,9 @@ def _take_in(model: nn.Module, layer: fx.Node, calls: dict[nn.Module, int]) -> b
 
 
 def _module(model: nn.Module, node, kinds) -> bool:
-    return isinstance(node, fx.Node) and node.op == "call_module" and isinstance(model.get_submodule(node.target), kinds)
+    return (
+        isinstance(node, fx.Node) and node.op == "call_module" and isinstance(model.get_submodule(node.target), kinds)
+    )
 
 
 def _once(model: nn.Module, node: fx.Node, calls: dict[nn.Module, int]) -> bool:
@@ -90,8 +92,15 @@ def _once(model: nn.Module, node: fx.Node, calls: dict[nn.Module, int]) -> bool:
 
 
 def _alone(model: nn.Module, node: fx.Node, calls: dict[nn.Module, int]) -> bool:
-    """Called once, and read by one node."""
-    return _once(model, node, calls) and len(node.users) == 1 and not model.get_submodule(node.target)._forward_hooks
+    """Called once, read by one node, and watched by no hook."""
+    module = model.get_submodule(node.target)
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return _once(model, node, calls) and len(node.users) == 1 and not any(hooks)
 
 
 class _Tracer(fx.Tracer):

@@ -38,7 +38,7 @@ class Case(NamedTuple):
     alpha_br: str
     grads: str  # both, v_hat, mse: which results the loss uses
     # none, nan, inf, edges (ties and ends, an alpha that is a power of two), ends (q * alpha, any alpha),
-    # small (near the least floats), huge (overflow, for v_hat alone), scales (alphas from 1e-8 to 1e8), dyadic
+    # near (a few ulp from ties and ends, any alpha), small (near the least floats), huge (overflow, for v_hat alone), scales (alphas from 1e-8 to 1e8), dyadic
     special: str
     codes: bool
     needs_v: bool
@@ -116,6 +116,9 @@ def inputs(case: Case, seed: int):
     v = u * alpha
     if case.special == "ends":
         v = torch.where(pick < 0.3, grid.qn * alpha, torch.where(pick < 0.6, grid.qp * alpha, v))
+    if case.special == "near":
+        halves = torch.randint(2 * grid.qn - 1, 2 * grid.qp + 2, case.shape, generator=g) / 2
+        v = halves * alpha * (1 + torch.randint(-3, 4, case.shape, generator=g) * 2.0**-24)
     if case.special == "small":
         v = torch.where(pick < 0.5, v * 1e-39, torch.where(pick < 0.6, -0.0, torch.where(pick < 0.7, v * 1e-44, v)))
     if case.special == "huge":

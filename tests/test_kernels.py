@@ -45,7 +45,7 @@ SHAPES = [(), (1,), (7,), (16,), (1023,), (1025,), (8200,), (5, 1), (1, 9), (3, 
           (1, 3, 2, 7)]  # fmt: skip
 ALL_GRIDS = [*GRIDS, (1, True), (5, True), (5, False), (6, True), (6, False), (7, True), (7, False)]
 DTYPES = [torch.float32, torch.float32, torch.bfloat16]
-SPECIALS = ["none", "nan", "inf", "edges", "ends", "small", "huge", "scales", "dyadic", "dyadic"]
+SPECIALS = ["none", "nan", "inf", "edges", "ends", "near", "small", "huge", "scales", "dyadic", "dyadic"]
 LAYOUTS = ["dense", "expanded"]
 
 
