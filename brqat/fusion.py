@@ -121,8 +121,8 @@ def _once(model: nn.Module, node: fx.Node, calls: dict[nn.Module, int]) -> bool:
     """Called once in a forward, known by one name, and without hooks, which would see another value."""
     module = model.get_submodule(node.target)
     names = [name for name, m in model.named_modules(remove_duplicate=False) if m is module]
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return calls[module] == 1 and len(names) == 1 and not hooked
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return calls[module] == 1 and len(names) == 1 and not any(hooks)
 
 
 class _Tracer(fx.Tracer):

@@ -123,6 +123,7 @@ def takes_norm(x: Tensor, alpha: Tensor, grid: Grid, training: bool) -> bool:
         and x.dtype == torch.float32
         and x.dim() == 4
         and x.is_contiguous(memory_format=torch.channels_last)
+        and x.numel() > (x.shape[1] if training else 0)  # one value per channel: BatchNorm says why not
         and alpha.numel() == 1
         and grid.gap == 1
         and (training or not torch.is_grad_enabled())

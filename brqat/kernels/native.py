@@ -57,6 +57,7 @@ def _build(flags: list[str], library: Path) -> None:
         raise RuntimeError(f"there is no C++ compiler here ({cpp_extension.get_cxx_compiler()})")
     log.info("building the C++ kernels, once for this machine: about half a minute")
     work = library.with_suffix(f".{os.getpid()}")
+    shutil.rmtree(work, ignore_errors=True)  # of a process killed meanwhile: a container gives the same number again
     work.mkdir()
     try:
         with _found_on_path(ninja.BIN_DIR):

@@ -75,7 +75,7 @@ C10_ALWAYS_INLINE Vec if_between(const Vec& low, const Vec& x, const Vec& high, 
 // One alpha and its grid: what becomes of the values that share it.
 struct Site {
   const bool in_steps, drop_clipped;
-  const Vec alpha, minus_alpha, inverse, qn, qp, near, far, left_out, minus_unit, per_unit;
+  const Vec alpha, minus_alpha, inverse, qn, qp, left_out, minus_unit, per_unit;
 
   Site(float alpha, const Grid& grid, const Bins& bins)
       : in_steps(bins.in_steps),
@@ -85,21 +85,19 @@ struct Site {
         inverse(1.0f / alpha),
         qn(static_cast<float>(grid.qn)),
         qp(static_cast<float>(grid.qp)),
-        near(static_cast<float>(grid.qn - 2)),
-        far(static_cast<float>(grid.qp + 2)),
         left_out(static_cast<float>(grid.qp + grid.gap)),
         // The distance of v to its level is v - c * alpha, or v / alpha - c.
         minus_unit(bins.in_steps ? -1.0f : -alpha),
         per_unit(bins.in_steps ? 1.0f / alpha : 1.0f) {}
 
   // v / alpha, correctly rounded as the division is, in less time (Markstein, 1990): under fma the residual of an
-  // approximate quotient is exact. Beyond the grid, where only the side matters, the quotient is held near it, or an
-  // infinite v would make the residual NaN.
+  // approximate quotient is exact. Far beyond the grid the first quotient does, and it has to: the residual of an
+  // infinite one is NaN.
   C10_ALWAYS_INLINE Vec divided(const Vec& v) const {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-    Vec q = at::vec::clamp(v * inverse, near, far);
-    q = at::vec::fmadd(at::vec::fmadd(q, minus_alpha, v), inverse, q);
-    return at::vec::fmadd(at::vec::fmadd(q, minus_alpha, v), inverse, q);
+    const Vec first = v * inverse;
+    const Vec q = at::vec::fmadd(at::vec::fmadd(first, minus_alpha, v), inverse, first);
+    return if_less(first.abs(), Vec(1e30f), at::vec::fmadd(at::vec::fmadd(q, minus_alpha, v), inverse, q), first);
 #else
     return v / alpha;
 #endif
@@ -272,9 +270,13 @@ struct Gradient {
     if (bins) {
       const Vec bin = site.drop_clipped ? site.bin_code(u, c) : c;
       Vec pull = pulls(bin) * site.distance(v, u, c) * site.per_unit;
-      if (site.drop_clipped) pull = if_equal(bin, site.left_out, Vec(0.0f), pull);  // not 0 times infinity
+      Vec along = site.in_steps ? u : c;
+      if (site.drop_clipped) {  // not 0 times infinity
+        pull = if_equal(bin, site.left_out, Vec(0.0f), pull);
+        along = if_equal(bin, site.left_out, Vec(0.0f), along);
+      }
       grad = grad + pull;
-      alpha_br = at::vec::fmadd(pull, site.in_steps ? u : c, alpha_br);
+      alpha_br = at::vec::fmadd(pull, along, alpha_br);
     }
     return grad;
   }
