@@ -3,21 +3,30 @@
 import os
 import platform
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 
-def machine() -> dict[str, str | int]:
-    """cpu, cores (that this process may use), threads (of torch), python, torch, date (UTC)."""
+def machine(*packages: str) -> dict[str, str | int]:
+    """cpu, cores (that this process may use), threads (of torch), python, torch, the packages named, date (UTC)."""
     return {
         "cpu": cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **{name: installed(name) for name in packages},
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def cpu() -> str:
@@ -30,7 +39,9 @@ def cpu() -> str:
 
 
 def line(facts: dict[str, str | int]) -> str:
+    known = ("cpu", "cores", "threads", "python", "torch", "date")
+    others = "".join(f", {name} {value}" for name, value in facts.items() if name not in known)
     return (
         f"{facts['cpu']}; cores: {facts['cores']}, threads of torch: {facts['threads']}; "
-        f"Python {facts['python']}, torch {facts['torch']}; {facts['date']}"
+        f"Python {facts['python']}, torch {facts['torch']}{others}; {facts['date']}"
     )

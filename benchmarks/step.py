@@ -2,28 +2,29 @@
 
     python benchmarks/step.py --model resnet20 [--batch 128] [--threads 2] [--rounds 15] [--compile] [--json]
 
-A step is all that a run does for one batch: forward, cross-entropy, penalties, backward, SGD, for brqat the guard of the
-alphas and the oscillation of the weights too (brqat.step.Step). Pictures are random, 3 x 32 x 32, channels_last. First
-and last layers are 8 bits wide, the others 2. Rounds are interleaved: each times every row once, one after the other in
-an order that turns, and a ratio is taken within its round. --json: the ratios to `float` with median, low and high
-(the 10th and 90th percentile of the rounds), milliseconds, and the machine.
+A step is all that a run does for one batch: forward, cross-entropy, penalties, backward, SGD, for brqat the guard of
+the alphas and the oscillation of the weights too (brqat.step.Step). Pictures are random, 3 x 32 x 32, channels_last.
+First and last layers are 8 bits wide, the others 2. Rounds are interleaved: each times every row once, one after the
+other in an order that turns, and a ratio is taken within its round. --json: the ratios to `float` with median, low and
+high (the 10th and 90th percentile of the rounds), milliseconds, and the machine.
 
 Rows of Brevitas and torchao are there where these are installed (pip install brevitas torchao), or --no-peers leaves
-them out. --compile adds torch.compile's rows, for which the first round takes minutes.
+them out; one that does not work with the torch installed is left out, with the reason on stderr. --compile adds
+torch.compile's rows, for which the first round takes minutes.
 """
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import statistics
-import time
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
 import torch
 from machine import line, machine
+from rounds import interleaved, markdown, quotients, said, spread
 from torch import Tensor, nn
 
 from brqat import kernels
@@ -40,12 +41,9 @@ from brqat.step import Step
 
 BATCHES = {"resnet20": 128, "resnet18": 32, "mobilenet_v2": 64}
 FLOAT, LSQ_ROW, BR_ROW = "float", "brqat W2A2", "brqat W2A2 BR weights+activations"
-PLAIN, BUILT_IN, BREVITAS, TORCHAO = (
-    "brqat W2A2 BR, kernels=torch",
-    "torch learnable fake-quantize W2A2",
-    "Brevitas W2A2",
-    "torchao pt2e W2A2",
-)
+PLAIN, BUILT_IN = "brqat W2A2 BR, kernels=torch", "torch learnable fake-quantize W2A2"
+BREVITAS, TORCHAO = "Brevitas W2A2", "torchao pt2e W2A2"
+PEERS = {BREVITAS: "brevitas", TORCHAO: "torchao"}
 FLOAT_COMPILED, BR_COMPILED = "float, compiled", "brqat W2A2 BR, compiled"
 
 Batch = tuple[Tensor, Tensor]
@@ -61,14 +59,13 @@ def main(arguments: list[str] | None = None) -> None:
     found = {
         "model": given.model,
         "batch": batch,
-        "ratio": {name: spread([a / b for a, b in zip(of, times[FLOAT], strict=True)]) for name, of in times.items()},
+        "ratio": {name: spread(quotients(of, times[FLOAT])) for name, of in times.items()},
         "milliseconds": {name: 1e3 * statistics.median(of) for name, of in times.items()},
-        "of_br": spread([a / b for a, b in zip(times[BR_ROW], times[LSQ_ROW], strict=True)]),
-        "machine": machine(),
+        "of_br": spread(quotients(times[BR_ROW], times[LSQ_ROW])),
+        "machine": machine(*PEERS.values()),
     }
     if given.compile:
-        of_float = zip(times[BR_COMPILED], times[FLOAT_COMPILED], strict=True)
-        found["compiled_of_compiled_float"] = spread([a / b for a, b in of_float])
+        found["compiled_of_compiled_float"] = spread(quotients(times[BR_COMPILED], times[FLOAT_COMPILED]))
     print(json.dumps(found, indent=1) if given.json else table(found))
 
 
@@ -93,23 +90,34 @@ def a_batch(size: int) -> Batch:
 
 def rows(given: argparse.Namespace, batch: int) -> dict[str, Run]:
     """Name -> a step. Every row has its own network, from the same start."""
-    images = a_batch(batch)[0]
+    made = {}
+    for name, make in makers(given.model, a_batch(batch)[0], given.compile, not given.no_peers).items():
+        try:
+            made[name] = make()
+        except Exception as error:
+            if name not in PEERS:
+                raise
+            print(f"{name} is left out: {type(error).__name__}: {error}", file=sys.stderr)
+    return made
+
+
+def makers(model: str, images: Tensor, compiled: bool = False, peers: bool = True) -> dict[str, Callable[[], Run]]:
+    """Name -> what makes the row."""
+    br = BinReg(1.0, 1.0)
     found = {
-        FLOAT: brqat_step(given.model, images, None, "native"),
-        LSQ_ROW: brqat_step(given.model, images, NoRegularizer(), "native"),
-        BR_ROW: brqat_step(given.model, images, BinReg(1.0, 1.0), "native"),
+        FLOAT: lambda: brqat_step(model, images, None, "native"),
+        LSQ_ROW: lambda: brqat_step(model, images, NoRegularizer(), "native"),
+        BR_ROW: lambda: brqat_step(model, images, br, "native"),
     }
-    if given.compile:
-        found[FLOAT_COMPILED] = brqat_step(given.model, images, None, "native", compiled=True)
-        found[BR_COMPILED] = brqat_step(given.model, images, BinReg(1.0, 1.0), "native", compiled=True)
-    if not given.no_peers:
-        found[PLAIN] = brqat_step(given.model, images, BinReg(1.0, 1.0), "torch")
-        found[BUILT_IN] = plain_step(with_layers(given.model, images, built_in))
-        if importlib.util.find_spec("brevitas"):
-            found[BREVITAS] = plain_step(with_layers(given.model, images, brevitas))
-        if importlib.util.find_spec("torchao"):
-            found[TORCHAO] = plain_step(torchao(network(given.model), images))
-    return found
+    if compiled:
+        found[FLOAT_COMPILED] = lambda: brqat_step(model, images, None, "native", compiled=True)
+        found[BR_COMPILED] = lambda: brqat_step(model, images, br, "native", compiled=True)
+    if peers:
+        found[PLAIN] = lambda: brqat_step(model, images, br, "torch")
+        found[BUILT_IN] = lambda: plain_step(with_layers(model, images, BuiltIn))
+        found[BREVITAS] = lambda: plain_step(with_layers(model, images, brevitas))
+        found[TORCHAO] = lambda: plain_step(torchao(model, images))
+    return {name: make for name, make in found.items() if name not in PEERS or importlib.util.find_spec(PEERS[name])}
 
 
 def measured(rows: dict[str, Run], batch: Batch, rounds: int, steps: int) -> dict[str, list[float]]:
@@ -117,36 +125,16 @@ def measured(rows: dict[str, Run], batch: Batch, rounds: int, steps: int) -> dic
     for run in rows.values():
         for _ in range(3):
             run(*batch)
-    names, times = list(rows), {name: [] for name in rows}
-    for number in range(rounds):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            rows[name](*batch)  # not timed: it fetches the row's weights back into the caches
-            started = time.perf_counter()
-            for _ in range(steps):
-                rows[name](*batch)
-            times[name].append((time.perf_counter() - started) / steps)
-    return times
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    tenths = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values * 9
-    return {"median": statistics.median(values), "low": tenths[0], "high": tenths[-1]}
+    return interleaved({name: partial(run, *batch) for name, run in rows.items()}, rounds, steps)
 
 
 def table(found: dict) -> str:
-    lines = [
-        f"{found['model']}, batch {found['batch']}",
-        "| step | ms | of float (10% to 90% of rounds) |",
-        "|---|---|---|",
-    ]
-    for name, of in found["ratio"].items():
-        ratio = f"{of['median']:.3f} ({of['low']:.3f} to {of['high']:.3f})"
-        lines.append(f"| {name} | {found['milliseconds'][name]:.1f} | {ratio} |")
+    cells = [["step", "ms", "of float (10% to 90% of rounds)"]]
+    cells += [[name, f"{found['milliseconds'][name]:.1f}", said(of)] for name, of in found["ratio"].items()]
+    lines = [f"{found['model']}, batch {found['batch']}", "", markdown(cells)]
     for key, words in (("of_br", "BR on top of LSQ"), ("compiled_of_compiled_float", "compiled, of compiled float")):
         if key in found:
-            of = found[key]
-            lines.append(f"\n{words}: {of['median']:.3f} ({of['low']:.3f} to {of['high']:.3f})")
+            lines.append(f"\n{words}: {said(found[key])}")
     return "\n".join([*lines, "", line(found["machine"])])
 
 
@@ -165,15 +153,21 @@ def network(name: str) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
-def brqat_step(name: str, images: Tensor, regularizer, choice: str, compiled: bool = False) -> Run:
-    """The step of a run: float without a regularizer, else W2A2."""
+def brqat_network(name: str, images: Tensor, quantized: bool, choice: str) -> nn.Module:
+    """As a run has it when training begins."""
     model = network(name)
     kernels.choose(choice, images.device)
-    if regularizer is not None:
+    if quantized:
         quantize(model, images[:2], scheme())
         if kernels.native_on(images.device):
             fuse(model)
         calibrate(model, [images])
+    return model
+
+
+def brqat_step(name: str, images: Tensor, regularizer, choice: str, compiled: bool = False) -> Run:
+    """The step of a run: float without a regularizer, else W2A2."""
+    model = brqat_network(name, images, regularizer is not None, choice)
     regularizer = regularizer or NoRegularizer()
     policy = AlphaPolicy("learnable", "learnable")
     found = sites(model)
@@ -213,17 +207,21 @@ def plain_step(model: nn.Module) -> Run:
     return run
 
 
-def with_layers(name: str, images: Tensor, make: Callable[[nn.Module, int, bool], nn.Module]) -> nn.Module:
-    """The network with each layer that brqat would quantize made anew by make(layer, bits, signed input)."""
+def quantized_layers(name: str, images: Tensor) -> dict[str, tuple[int, bool]]:
+    """The layers that brqat quantizes: their names -> bits, and whether their input is signed."""
     kernels.choose("torch", images.device)
     twin = network(name)
     quantize(twin, images[:2], scheme())
     calibrate(twin, [images])
+    layers = {key: layer for key, layer in twin.named_modules() if isinstance(layer, QuantConv2d | QuantLinear)}
+    return {key: (layer.input_quantizer.bits, layer.input_quantizer.grid.qn < 0) for key, layer in layers.items()}
+
+
+def with_layers(name: str, images: Tensor, make: Callable[[nn.Module, int, bool], nn.Module]) -> nn.Module:
+    """The network with each layer that brqat would quantize made anew by make(layer, bits, signed input)."""
     model = network(name)
-    for key, layer in twin.named_modules():
-        if isinstance(layer, QuantConv2d | QuantLinear):
-            site = layer.input_quantizer
-            model.set_submodule(key, make(model.get_submodule(key), site.bits, site.grid.qn < 0))
+    for key, (bits, signed) in quantized_layers(name, images).items():
+        model.set_submodule(key, make(model.get_submodule(key), bits, signed))
     model.to(memory_format=torch.channels_last).train()
     with torch.no_grad():
         model(images)  # where quantizers find their scales
@@ -231,11 +229,13 @@ def with_layers(name: str, images: Tensor, make: Callable[[nn.Module, int, bool]
 
 
 class BuiltIn(nn.Module):
-    """torch's own learnable fake-quantization of a layer's input and weight."""
+    """torch's own learnable fake-quantization of a layer's input and weight: LSQ in one operator, no penalty."""
 
     def __init__(self, layer: nn.Module, bits: int, signed: bool):
         super().__init__()
         self.layer, self.bits, self.signed = layer, bits, signed
+        if isinstance(layer, nn.Conv2d):  # what a residual block asks of it
+            self.out_channels, self.stride = layer.out_channels, layer.stride
         self.scale = nn.Parameter(torch.tensor([1.0 if bits == 2 else 0.05]))
         self.weight_scale = nn.Parameter(layer.weight.detach().abs().mean().view(1) * 2 ** (1 if bits == 2 else -5))
         self.register_buffer("zero", torch.zeros(1))
@@ -253,54 +253,70 @@ class BuiltIn(nn.Module):
         return nn.functional.linear(x, weight, self.layer.bias)
 
 
-built_in = BuiltIn
-
-
 def brevitas(layer: nn.Module, bits: int, signed: bool) -> nn.Module:
+    """A layer of Brevitas's with learned scales for input and weight, per tensor, all 2**bits levels: LSQ, no penalty.
+
+    An input's scale is a percentile of its values for collect_stats_steps training steps, 300 unless told, and learned
+    from there. One is enough here: collecting takes much longer than what a run does for the rest of its steps.
+    """
     import brevitas.nn as qnn
+    from brevitas.inject.enum import ScalingImplType
     from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerTensorFloat, Uint8ActPerTensorFloat
 
-    how = dict(
-        bias=layer.bias is not None,
-        weight_quant=Int8WeightPerTensorFloat,
-        weight_bit_width=bits,
-        input_quant=Int8ActPerTensorFloat if signed else Uint8ActPerTensorFloat,
-        input_bit_width=bits,
-    )
+    how = {
+        "bias": layer.bias is not None,
+        "weight_quant": Int8WeightPerTensorFloat,
+        "weight_bit_width": bits,
+        "weight_narrow_range": False,
+        "weight_scaling_impl_type": ScalingImplType.PARAMETER_FROM_STATS,
+        "input_quant": Int8ActPerTensorFloat if signed else Uint8ActPerTensorFloat,
+        "input_bit_width": bits,
+        "input_collect_stats_steps": 1,
+    }
     if isinstance(layer, nn.Linear):
         return qnn.QuantLinear(layer.in_features, layer.out_features, **how)
     shape = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
     return qnn.QuantConv2d(*shape, groups=layer.groups, **how)
 
 
-def torchao(model: nn.Module, images: Tensor) -> nn.Module:
-    """Its pt2e flow for training, with 2-bit ranges in its quantizer's own observers."""
-    from torchao.quantization.pt2e import FusedMovingAvgObsFakeQuantize, MovingAverageMinMaxObserver
+def torchao(name: str, images: Tensor) -> nn.Module:
+    """The network by torchao's pt2e flow for training, with its quantizer for x86.
+
+    Its ranges are moving averages of minimum and maximum, not learned: less than LSQ. It folds each BatchNorm into its
+    convolution's weight before that is quantized, and quantizes what residual sums add up: more than LSQ.
+    """
+    from torchao.quantization.pt2e import (
+        FusedMovingAvgObsFakeQuantize,
+        MovingAverageMinMaxObserver,
+        allow_exported_model_train_eval,
+    )
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
     from torchao.quantization.pt2e.quantizer import QuantizationConfig, QuantizationSpec
-    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
 
-    def spec(low: int, high: int, dtype: torch.dtype) -> QuantizationSpec:
-        fake = FusedMovingAvgObsFakeQuantize.with_args(observer=MovingAverageMinMaxObserver)
-        scheme = torch.per_tensor_symmetric if low < 0 else torch.per_tensor_affine
+    def spec(low: int, high: int) -> QuantizationSpec:
         return QuantizationSpec(
-            dtype=dtype,
+            dtype=torch.int8 if low < 0 else torch.uint8,
             quant_min=low,
             quant_max=high,
-            qscheme=scheme,
+            qscheme=torch.per_tensor_symmetric if low < 0 else torch.per_tensor_affine,
             is_dynamic=False,
-            observer_or_fake_quant_ctr=fake,
+            observer_or_fake_quant_ctr=FusedMovingAvgObsFakeQuantize.with_args(observer=MovingAverageMinMaxObserver),
         )
 
-    with contextlib.redirect_stderr(None):
-        exported = torch.export.export(model.train(), (images,)).module()
-    quantizer = x86.X86InductorQuantizer()
-    config = QuantizationConfig(spec(0, 3, torch.uint8), None, spec(-2, 1, torch.int8), None, True)
-    quantizer.set_global(config)
-    prepared = prepare_qat_pt2e(exported, quantizer)
-    from torchao.quantization.pt2e import move_exported_model_to_train
+    def config(bits: int) -> QuantizationConfig:
+        weight = spec(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        return QuantizationConfig(spec(0, 2**bits - 1), None, weight, None, is_qat=True)
 
-    return move_exported_model_to_train(prepared)
+    quantizer = X86InductorQuantizer().set_global(config(2))
+    for key, (bits, _) in quantized_layers(name, images).items():
+        if bits != 2:
+            quantizer.set_module_name_qconfig(key, config(bits))
+    exported = torch.export.export(network(name).train(), (images,)).module()
+    prepared = prepare_qat_pt2e(exported, quantizer)
+    allow_exported_model_train_eval(prepared)
+    prepared.train()
+    return prepared
 
 
 if __name__ == "__main__":

@@ -596,7 +596,7 @@ def test_alpha_sites_of_best_pt_are_those_of_the_levels(digits):
 
 
 def test_an_evaluation_that_does_not_fit_is_halved_until_it_does(tmp_path, cache, monkeypatch, caplog):
-    """On a device whose memory holds 20 pictures at once; a size that was asked for is not changed behind one's back."""
+    """On a device whose memory holds 20 pictures at once; a size that was asked for is not changed."""
     from brqat import fit
 
     sizes, evaluate = [], fit.evaluate
