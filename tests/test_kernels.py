@@ -62,10 +62,11 @@ def flat(pictures: torch.Tensor) -> torch.Tensor:
     return pictures.permute(0, 2, 3, 1).reshape(-1, pictures.shape[1])
 
 
-def fused(x, weight, bias, alpha, alpha_br, eps, low, high, grid, bins):
+def fused(x, weight, bias, alpha, alpha_br, eps, low, high, grid, bins, shortcut=None):
     channels = weight.numel()
     norm = Norm(weight, bias, torch.zeros(channels), torch.ones(channels), 0.1, True, eps, low, high)
-    return kernels.norm_lsq(x, norm, alpha, alpha_br, grid, SCALE, bins)
+    out, r = kernels.norm_lsq(x, shortcut, norm, alpha, alpha_br, grid, SCALE, bins)
+    return out if shortcut is None else (*out, r)
 
 
 def activated(y, low, high):
@@ -74,24 +75,27 @@ def activated(y, low, high):
     return nn.functional.relu(y) if high == math.inf else nn.functional.hardtanh(y, low, high)
 
 
-def unfused(x, weight, bias, alpha, alpha_br, eps, low, high, grid, bins):
+def unfused(x, weight, bias, alpha, alpha_br, eps, low, high, grid, bins, shortcut=None):
     """Step by step, in the precision of what comes. Also y."""
     y = nn.functional.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+    if shortcut is not None:
+        y = y + shortcut
     r = activated(y, low, high)
     v_hat, codes = lsq(r, alpha, grid, SCALE)
-    return v_hat, codes, site_table(r, codes, alpha_br, grid, bins) if bins else BinTable(None, None), y
+    return v_hat, codes, site_table(r, codes, alpha_br, grid, bins) if bins else BinTable(None, None), y, r
 
 
-def norm_gradients(v_hat, mse, leaves, grad, grad_mse):
-    results = [(v_hat, grad.to(v_hat.dtype))] + ([] if mse is None else [(mse, grad_mse.to(mse.dtype))])
-    results, upstream = zip(*results, strict=True)
+def norm_gradients(outputs, mse, leaves, grad_mse):
+    results = outputs + ([] if mse is None else [(mse, grad_mse)])
+    results, upstream = zip(*((out, grad.to(out.dtype)) for out, grad in results), strict=True)
     return torch.autograd.grad(results, leaves, upstream, allow_unused=True)
 
 
-def check_norm_exactly(channels, low, high, bins, repeats=4):
+def check_norm_exactly(channels, low, high, bins, joined, repeats=4):
     """Values of few bits, a mean of 0 and a standard deviation of 2 after eps: only dx is rounded, two or three times.
 
-    Ties, both ends of the grid and both bounds of the activation are hit.
+    Ties, both ends of the grid and both bounds of the activation are hit. joined: with a shortcut, whose sum others
+    read too.
     """
     g = torch.Generator().manual_seed(channels)
     half = torch.randint(-16, 17, (64,), generator=g) / 8
@@ -104,21 +108,27 @@ def check_norm_exactly(channels, low, high, bins, repeats=4):
     grid = uniform_grid(3, signed=low < 0)
     grad = torch.randint(-4, 5, x.shape, generator=g).float() / 2
     pulls = torch.randint(-2, 3, (grid.num_levels,), generator=g).float()
+    shortcut = [torch.randint(-8, 9, x.shape, generator=g) / 8] if joined else []
+    grad_r = torch.randint(-4, 5, x.shape, generator=g).float() / 2
 
     found = []
     for call, dtype in ((fused, torch.float32), (unfused, torch.float64)):
-        leaves = [t.detach().clone().to(dtype).requires_grad_() for t in (x, weight, bias)]
+        leaves = [t.detach().clone().to(dtype).requires_grad_() for t in (x, weight, bias, *shortcut)]
         alphas = [torch.tensor(0.25, dtype=dtype, requires_grad=True) for _ in range(2)]
-        v_hat, _, *rest = call(*leaves, *alphas, eps, low, high, grid, bins)
-        count, mse = rest if call is fused else rest[0]
+        v_hat, _, *rest = call(*leaves[:3], *alphas, eps, low, high, grid, bins, *leaves[3:])
+        count, mse = rest[:2] if call is fused else rest[0]
         grad_mse = None if count is None else pulls * count / 2
-        found.append((v_hat, count, mse, norm_gradients(v_hat, mse, leaves + alphas, grad, grad_mse)))
+        outputs = [(v_hat, grad)] + ([(rest[-1], grad_r)] if joined else [])
+        found.append((v_hat, count, mse, norm_gradients(outputs, mse, leaves + alphas, grad_mse)))
+        if joined and call is fused:
+            assert rest[-1].stride() == x.stride()
     (v_hat, count, mse, got), (want_v_hat, want_count, want_mse, want) = found
     assert v_hat.stride() == x.stride()
     assert torch.equal(v_hat, want_v_hat.float())
     if bins:
         assert torch.equal(count, want_count) and torch.equal(mse, want_mse.float())
-    for name, one, other in zip(("dweight", "dbias", "dalpha", "dalpha_br"), got[1:], want[1:], strict=True):
+    names = ("dweight", "dbias", *(["dshortcut"] if joined else []), "dalpha", "dalpha_br")
+    for name, one, other in zip(names, got[1:], want[1:], strict=True):
         assert (one is None) == (other is None) and (one is None or torch.equal(one, other.float())), name
     assert ((got[0] - want[0]).abs() <= 2**-22 * (1 + want[0].abs().max())).all(), "dx"
 
@@ -134,9 +144,10 @@ def run_all(small: int, large: int) -> list[str]:
     todo.append(("nan", lambda: check_nan("cpu", kernels.lsq)))
     todo.append(("repeats", lambda: check_repeats("cpu", kernels.lsq)))
     todo.append(("expanded gradient", lambda: check_expanded_gradient("cpu", kernels.lsq)))
-    for channels, (low, high), bins in itertools.product((1, 3, 16, 24, 40, 64), BOUNDS, (None, *EVERY_BINS)):
-        case = f"norm_lsq of {channels} channels, exact, {low}..{high}, {bins}"
-        todo.append((case, lambda args=(channels, low, high, bins): check_norm_exactly(*args)))
+    every = itertools.product((1, 3, 16, 24, 40, 64), BOUNDS, (None, *EVERY_BINS), (False, True))
+    for channels, (low, high), bins, joined in every:
+        case = f"norm_lsq of {channels} channels, exact, {low}..{high}, {bins}, {'joined' if joined else 'alone'}"
+        todo.append((case, lambda args=(channels, low, high, bins, joined): check_norm_exactly(*args)))
     wrong = []
     for name, call in todo:
         try:
@@ -199,7 +210,7 @@ def test_the_number_of_threads_changes_no_bit_of_norm_lsq(native, channels, bits
 
     def call():
         norm = Norm(*leaves, torch.zeros(channels), torch.ones(channels), 0.1, True, 1e-5, 0.0, math.inf)
-        out = kernels.norm_lsq(x, norm, *alphas, grid, SCALE, Bins(False, False))
+        out, _ = kernels.norm_lsq(x, None, norm, *alphas, grid, SCALE, Bins(False, False))
         grads = torch.autograd.grad((out.v_hat, out.mse), (x, *leaves, *alphas), (grad, grad_mse))
         return out.v_hat, out.count, out.mse, norm.running_mean, norm.running_var, *grads
 
@@ -253,7 +264,7 @@ def drawn(seed, rows, channels, mean, std, low, high, grid, bins, eps=1e-5) -> D
     inputs = x, 0.5 + torch.rand(channels, generator=g), torch.randn(channels, generator=g) / 2
     alpha = torch.tensor(2.5 / grid.num_levels)
     leaves = [t.double().requires_grad_() for t in (*inputs, alpha, alpha)]
-    v_hat, codes, table, y = unfused(*leaves, eps, low, high, grid, bins)
+    v_hat, codes, table, y, _ = unfused(*leaves, eps, low, high, grid, bins)
     x64, weight, bias = flat(leaves[0].detach()), *(t.detach() for t in leaves[1:3])
     error = rounding_of_y(x64, weight, bias, x64.mean(0), (x64.var(0, unbiased=False) + eps).sqrt())
     tie, edge = near_an_edge(flat(y.detach()), error, alpha.item(), low, high, grid)
@@ -293,8 +304,8 @@ def check_norm(rows, channels, mean, std, low, high, grid, bins):
     out = fused(*leaves, 1e-5, low, high, grid, bins)
     differ = flat(code_of(out.v_hat, d.alpha) != d.codes)
     assert not (differ & ~d.tie).any()
-    got = norm_gradients(out.v_hat, out.mse, leaves, grad, grad_mse)
-    want = norm_gradients(d.v_hat, d.table.mse, d.leaves, grad, grad_mse)
+    got = norm_gradients([(out.v_hat, grad)], out.mse, leaves, grad_mse)
+    want = norm_gradients([(d.v_hat, grad)], d.table.mse, d.leaves, grad_mse)
 
     # Everything below: float64, rows (M, C).
     x, weight = flat(d.leaves[0].detach()), d.leaves[1].detach()
@@ -357,8 +368,8 @@ def test_statistics_are_the_batchs_whatever_the_mean(native, channels, mean, std
     x = last(torch.randn(40_000 // channels * 8, channels, generator=g) * std + mean)
     exact = flat(x).double()
     ones, alpha = torch.ones(channels), torch.tensor(1.0)
-    _, m, var, _, _ = torch.ops.brqat.norm_lsq_forward(
-        x, ones, ones, 1e-5, 0.0, math.inf, alpha, 0, 3, False, False, False
+    _, _, m, var, _, _ = torch.ops.brqat.norm_lsq_forward(
+        x, None, ones, ones, 1e-5, 0.0, math.inf, alpha, 0, 3, False, False, False
     )
     assert ((m - exact.mean(0)).abs() <= ROUNDING * abs(mean) + 1e-6 * std).all()
     want = exact.var(0, unbiased=False)
@@ -391,7 +402,7 @@ def _site(momentum=0.1) -> QuantConv2d:
     conv.weight_quantizer, conv.input_quantizer = nn.Identity(), LSQ("act", 4)
     conv.input_quantizer.start(torch.tensor(0.8), torch.ones(1), signed=False)
     conv.norm = DeferredNorm(24, momentum=momentum)
-    conv.before = Before(conv.norm, nn.ReLU(), 0.0, math.inf)
+    conv.before = Before(conv.norm, nn.ReLU(), 0.0, math.inf, joins=False)
     return conv
 
 
@@ -417,14 +428,16 @@ def test_operators_are_declared_as_they_are(native, bins):
         torch.library.opcheck(ops.lsq_backward.default, args, test_utils=tests)
     x = last(torch.randn(16, 6, generator=g))
     norm = x, torch.ones(6), torch.zeros(6)
-    args = *norm, 1e-5, 0.0, math.inf, alpha, 0, 3, bins, False, False
-    torch.library.opcheck(ops.norm_lsq_forward.default, args, test_utils=tests)
-    _, mean, var, count, mse = ops.norm_lsq_forward(*args)
-    args = (x * 2, mse if bins else None, norm[0], norm[1], norm[2], mean, var, 1e-5, 0.0, math.inf, alpha, count, 0,
-            3, 1.0, False, False)  # fmt: skip
-    torch.library.opcheck(ops.norm_lsq_backward.default, args, test_utils=tests)
-    args = *norm, mean, var, 1e-5, 0.0, math.inf, alpha, 0, 3
-    torch.library.opcheck(ops.norm_lsq_eval.default, args, test_utils=tests)
+    for shortcut in (None, x / 2):
+        args = x, shortcut, *norm[1:], 1e-5, 0.0, math.inf, alpha, 0, 3, bins, False, False
+        torch.library.opcheck(ops.norm_lsq_forward.default, args, test_utils=tests)
+        _, r, mean, var, count, mse = ops.norm_lsq_forward(*args)
+        grads = x * 2, None if shortcut is None else x * 3, mse if bins else None
+        args = (*grads, x, None if shortcut is None else r, *norm[1:], mean, var, 1e-5, 0.0, math.inf, alpha, count, 0,
+                3, 1.0, False, False)  # fmt: skip
+        torch.library.opcheck(ops.norm_lsq_backward.default, args, test_utils=tests)
+        args = x, shortcut, *norm[1:], mean, var, 1e-5, 0.0, math.inf, alpha, 0, 3
+        torch.library.opcheck(ops.norm_lsq_eval.default, args, test_utils=tests)
 
 
 def test_a_second_call_builds_nothing(tmp_path, monkeypatch):

@@ -91,7 +91,7 @@ def lsq(
     if not v.is_cpu:
         return None
     steps, drop = bins or (False, False)
-    v_hat, stored, count, mse = torch.ops.brqat.lsq(
+    v_hat, stored, count, mse = torch.ops.brqat.lsq.default(
         v, alpha, alpha_br, grid.qn, grid.qp, grid.gap == 2, scale, codes, bins is not None, steps, drop
     )
     return OnePass(v_hat, stored if codes else None, *((count, mse) if bins else (None, None)))
@@ -149,12 +149,12 @@ def norm_lsq(
     if not norm.training:
         assert bins is None, "tables are for training"
         running = norm.running_mean, norm.running_var
-        v_hat, r = torch.ops.brqat.norm_lsq_eval(
+        v_hat, r = torch.ops.brqat.norm_lsq_eval.default(
             x, shortcut, norm.weight, norm.bias, *running, *bounds, alpha, grid.qn, grid.qp
         )
         return OnePass(v_hat, None, None, None), None if shortcut is None else r
     steps, drop = bins or (False, False)
-    v_hat, r, mean, var, count, mse = torch.ops.brqat.norm_lsq(
+    v_hat, r, mean, var, count, mse = torch.ops.brqat.norm_lsq.default(
         x,
         shortcut,
         norm.weight,
