@@ -38,7 +38,8 @@ class Case(NamedTuple):
     alpha_br: str
     grads: str  # both, v_hat, mse: which results the loss uses
     # none, nan, inf, edges (ties and ends, an alpha that is a power of two), ends (q * alpha, any alpha),
-    # near (a few ulp from ties and ends, any alpha), small (near the least floats), huge (overflow, for v_hat alone), scales (alphas from 1e-8 to 1e8), dyadic
+    # near (a few ulp from ties and ends, any alpha), small (near the least floats), huge (overflow, for v_hat alone),
+    # scales (alphas from 1e-8 to 1e8), dyadic
     special: str
     codes: bool
     needs_v: bool

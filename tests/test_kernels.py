@@ -508,7 +508,7 @@ def test_two_processes_that_build_at_once_share_one_library(native, tmp_path):
 @pytest.mark.slow
 def test_a_killed_build_does_not_stop_the_next(native, tmp_path):
     process = building(tmp_path)
-    while not list(tmp_path.glob("*/*.cuda.o.d")) and not list(tmp_path.glob("*/build.ninja")):
+    while not list(tmp_path.glob("*/build.ninja")):
         assert process.poll() is None
         time.sleep(0.1)
     time.sleep(1)
@@ -520,14 +520,9 @@ def test_a_killed_build_does_not_stop_the_next(native, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "file, right, wrong",
-    [
-        ("lsq.h", "return if_less(low, x, if_less(x, high, value, zero), zero);",
-         "return if_at_most(low, x, if_less(x, high, value, zero), zero);"),
-    ],
-)  # fmt: skip
-def test_a_fault_in_the_sources_is_found(native, tmp_path, file, right, wrong):
+def test_a_fault_in_the_sources_is_found(native, tmp_path):
+    """One operator of if_between."""
+    file, right, wrong = "lsq.h", "return if_less(low, x, if_less(x,", "return if_at_most(low, x, if_less(x,"
     sources = shutil.copytree(builder.SOURCES, tmp_path / "native")
     text = (sources / file).read_text()
     assert text.count(right) == 1
