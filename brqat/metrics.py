@@ -63,7 +63,7 @@ def site_sums(site: Quantizer, v: Tensor, codes: Tensor, alpha_before: Tensor | 
     edges = histogram_edges(grid)
     first, width, bars = edges[0].item(), (edges[1] - edges[0]).item(), len(edges) - 1
     v = as_float(v)
-    if kernels.native_on(v.device) and v.dtype == torch.float32:
+    if kernels.native_on(v.device) and v.dtype == alpha.dtype == torch.float32:
         n, moved = v.new_tensor([v.numel()]).double(), _moved(site, v, codes, alpha_before).double()[None]
         sums = torch.ops.brqat.site_sums(v, codes, alpha, grid.qn, grid.qp, grid.gap == 2, first, width, bars)
         head = SCALARS.index("moved_by_alpha") - 1  # n comes first

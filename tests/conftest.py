@@ -56,6 +56,13 @@ def native():
         pytest.skip(str(error))
 
 
+@pytest.fixture(params=["torch", "native"])
+def each_kernels(request):
+    """The test runs with plain PyTorch, and with the C++ kernels."""
+    if request.param == "native":
+        request.getfixturevalue("native")
+
+
 @pytest.fixture
 def pictures():
     return torch.randn(16, 1, 6, 6, generator=torch.Generator().manual_seed(0))

@@ -198,7 +198,7 @@ def test_a_runaway_is_refused_a_doubtful_one_warned_of(quantized, pictures, capl
         assert "SGD only" in caplog.messages[-1]
 
 
-def test_the_guard_holds_alpha_and_counts(quantized):
+def test_the_guard_holds_alpha_and_counts(each_kernels, quantized):
     found = sites(quantized)
     guard = PositiveAlphas(found)
     guard.guard()

@@ -13,7 +13,7 @@ import torch
 from conftest import TinyNet, lsq_scheme
 from torch import nn
 
-from brqat import checkpoint
+from brqat import checkpoint, kernels
 from brqat.alpha_policy import AlphaPolicy
 from brqat.files import finite
 from brqat.grid import SIGN_GRID, uniform_grid
@@ -128,6 +128,24 @@ def test_every_figure_equals_the_slow_reference_per_channel(grid):
     before = torch.tensor([[0.2], [0.4], [1.9]], dtype=torch.float64)
     v = values_for(grid, (3, 80), 4) * alpha
     assert_figures(figures_of(v, alpha, grid, before)[0], slow_figures(v, alpha, grid, before))
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_sums_in_one_pass_are_those_of_plain_torch(native, grid, per_channel):
+    """Over several pieces, with values at the edges, NaN and infinity; float sums of a block, so not to the last bit."""
+    alpha = torch.tensor([[0.2], [0.5], [1.25]]) if per_channel else torch.tensor(0.25)
+    v = (values_for(grid, (3, 30_001), 8) * alpha).float()
+    v[0, :6] = torch.tensor([math.nan, math.inf, -math.inf, 0.0, 1e30, -1e30])
+    site, before = site_on(grid, alpha), alpha * 1.1
+    site.alpha = nn.Parameter(alpha)
+    codes = site.codes(v, alpha).nan_to_num(grid.qn).to(torch.int16)
+    for part in (v[:, 6:], v):  # without and with what is not finite
+        ours = site_sums(site, part, codes[:, -part.shape[1] :], before)
+        kernels.choose("torch", torch.device("cpu"))
+        theirs = site_sums(site, part, codes[:, -part.shape[1] :], before)
+        kernels.choose("native", torch.device("cpu"))
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-4, equal_nan=True)
 
 
 @pytest.mark.parametrize("grid", [uniform_grid(2, True), uniform_grid(3, False), uniform_grid(8, False), SIGN_GRID])
@@ -265,7 +283,7 @@ def nagel(histories):
     return frequencies
 
 
-def test_oscillation_equals_a_simulation_of_single_weights():
+def test_oscillation_equals_a_simulation_of_single_weights(each_kernels):
     draw = random.Random(0)
     sizes = {"a.weight": (4, 5), "b.weight": (7,)}
     followed = {name: SimpleNamespace(kind="weight", seen=None) for name in sizes}
