@@ -133,7 +133,7 @@ def test_every_figure_equals_the_slow_reference_per_channel(grid):
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_sums_in_one_pass_are_those_of_plain_torch(native, grid, per_channel):
-    """Over several pieces, with values at the edges, NaN and infinity; float sums of a block, so not to the last bit."""
+    """Over several pieces, with edges, NaN and infinity; a block is summed in float, so not to the last bit."""
     alpha = torch.tensor([[0.2], [0.5], [1.25]]) if per_channel else torch.tensor(0.25)
     v = (values_for(grid, (3, 30_001), 8) * alpha).float()
     v[0, :6] = torch.tensor([math.nan, math.inf, -math.inf, 0.0, 1e30, -1e30])
