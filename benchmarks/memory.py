@@ -13,7 +13,8 @@ resident  the most memory that the process had in RAM in five steps (VmHWM) abov
 
 --allocators runs the float and the BR step, and an evaluation of the BR network with 512 pictures under no_grad, with
 the C library's allocator as it is, tuned by environment variables, tuned by mallopt in the process, with torch's large
-pages, and with jemalloc and tcmalloc where they are found: milliseconds, page faults and resident as above. Linux only.
+pages, and with jemalloc and tcmalloc where they are found: milliseconds, those of all its threads on a processor, page
+faults and resident as above. Linux only.
 """
 
 import argparse
@@ -166,7 +167,7 @@ def allocators(given: argparse.Namespace, batch: int) -> dict:
             tune, environment = tried[name]
             for row, of in figures.items():
                 of[name].append(child(given, batch, "speed", row, tune, **environment))
-    keys = ("milliseconds", "faults", "megabytes")
+    keys = ("milliseconds", "cpu_milliseconds", "faults", "megabytes")
     return {
         "allocators": {
             row: {name: {key: statistics.median(one[key] for one in of[name]) for key in keys} for name in of}
@@ -187,10 +188,11 @@ def allocator_table(found: dict) -> str:
     lines = []
     for row, of in found["allocators"].items():
         batch = EVAL_BATCH if row == EVAL else found["batch"]
-        cells = [["allocator", "ms", "of glibc (10% to 90%)", "page faults", "resident, MB"]]
+        cells = [["allocator", "ms", "of glibc (10% to 90%)", "CPU ms", "page faults", "resident, MB"]]
         for name, one in of.items():
             ratio = said(found["ratio"][row][name], 2)
-            cells.append([name, f"{one['milliseconds']:.1f}", ratio, f"{one['faults']:.0f}", f"{one['megabytes']:.0f}"])
+            last = [f"{one['cpu_milliseconds']:.1f}", f"{one['faults']:.0f}", f"{one['megabytes']:.0f}"]
+            cells.append([name, f"{one['milliseconds']:.1f}", ratio, *last])
         lines += [f"{found['model']}, batch {batch}: {row}", "", markdown(cells), ""]
     return "\n".join([*lines, line(found["machine"])])
 
@@ -211,17 +213,22 @@ def inside(what: str, row: str, tune: str, model: str, batch: int) -> dict[str, 
     for _ in range(WARM_UP):
         run()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here
-    faults, times = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, []
+    faults, cpu, times = page_faults(), time.process_time(), []
     for _ in range(STEPS if what == "resident" else 4 * STEPS):
         started = time.perf_counter()
         run()
         times.append(time.perf_counter() - started)
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    faults, cpu = page_faults() - faults, time.process_time() - cpu
     return {
         "megabytes": (status("VmHWM") - before) / MEGABYTE,
         "milliseconds": 1e3 * statistics.median(times),
+        "cpu_milliseconds": 1e3 * cpu / len(times),
         "faults": faults / len(times),
     }
+
+
+def page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def made(model: str, row: str, batch: int) -> Callable[[], object]:
