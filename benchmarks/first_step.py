@@ -154,12 +154,14 @@ def main(out: str, mode: str, command: str, arguments: list[str]) -> None:
         if mode == "runs":
             replace(module, "run", recording)
             return
+        if module == "brqat.step":
+            replace(module, "Step.__call__", stopping)
         if module == "brqat.fit":
-            replace(module, "Fit._step", stopping)
+            replace(module, "Fit._step", stopping)  # where older versions have it
         if mode == "phases":
             clock.watch(module)
 
-    wanted = {"step": {"brqat.fit"}, "runs": {"brqat.train"}}
+    wanted = {"step": {"brqat.step", "brqat.fit"}, "runs": {"brqat.train"}}
     modules = {function.partition(":")[0] for functions in PHASES.values() for function in functions}
     sys.meta_path.insert(0, AfterImport(set(wanted.get(mode, modules)), patch))
     if mode == "phases":

@@ -31,6 +31,7 @@ from brqat import kernels
 from brqat.alpha_policy import AlphaPolicy
 from brqat.fusion import fuse
 from brqat.layers import Makers, QuantConv2d, QuantLinear, Scheme, calibrate, quantize, sites
+from brqat.memory import keep_freed_memory
 from brqat.model.from_torchvision import from_torchvision
 from brqat.model.resnet18 import resnet18
 from brqat.model.resnet_cifar import ResNetCIFAR
@@ -54,6 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parsed(arguments)
     if given.threads:
         torch.set_num_threads(given.threads)
+    keep_freed_memory()  # as a run does; every row has it
     batch = given.batch or BATCHES[given.model]
     times = measured(rows(given, batch), a_batch(batch), given.rounds, given.steps)
     found = {

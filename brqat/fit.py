@@ -32,9 +32,9 @@ log = logging.getLogger(__name__)
 
 LEVEL_BATCH = 128  # pictures whose values at all sites are held at once to be measured
 GRADIENT_PICTURES = 64  # that alpha's gradients are measured on after an epoch
-# Pictures at once in an evaluation, by whether the device is a GPU: there the first size that fits, while on a CPU 128
-# were 1.6 to 2.4 times faster than 512 (LOG.md).
-EVAL_BATCH = {True: 4096, False: 128}
+# Pictures at once in an evaluation. On a GPU the first size that fits from here down, but for files, whose decoded
+# batches wait in shared memory; on a CPU 128 were about twice as fast as 512 (LOG.md).
+EVAL_BATCH_GPU, EVAL_BATCH_FILES, EVAL_BATCH_CPU = 4096, 512, 128
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
 
 
@@ -58,7 +58,7 @@ class Recipe:
     epochs: int
     warmup_epochs: int
     batch_size: int
-    eval_batch_size: int | None  # None: what EVAL_BATCH says
+    eval_batch_size: int | None  # None: what suits the device
     seed: int
     lr_warmup_epochs: float
     bn_batches: int
@@ -118,7 +118,10 @@ class Fit:
             self.recipe.compiled,
         )
         self.positive = self.step.positive
-        self.eval_batch_size = self.recipe.eval_batch_size or EVAL_BATCH[self.device.type == "cuda"]
+        of_device = EVAL_BATCH_CPU if self.device.type == "cpu" else EVAL_BATCH_GPU
+        if isinstance(self.splits.val, Files):
+            of_device = min(of_device, EVAL_BATCH_FILES)
+        self.eval_batch_size = self.recipe.eval_batch_size or of_device
         self.levels = LevelHistory(self.sites, self.step.oscillation, self.recipe.warmup_epochs)
 
     # ---- the loop

@@ -73,9 +73,9 @@ def fuse(model: nn.Module) -> int:
 
 def _take_in(model: nn.Module, layer: fx.Node, calls: dict[nn.Module, int]) -> bool:
     activation, add, norm = None, None, layer.args[0]
-    if _module(model, norm, ACTIVATIONS):
+    if _module(model, norm, ACTIVATIONS) and norm.args:
         activation, norm = norm, norm.args[0]
-    if _module(model, norm, Sum) and activation is not None:
+    if _module(model, norm, Sum) and activation is not None and len(set(norm.args)) == 2:
         add = norm
         norm = next((term for term in add.args if _foldable(model, term, calls)), None)
     if not _foldable(model, norm, calls):
@@ -127,4 +127,4 @@ def _once(model: nn.Module, node: fx.Node, calls: dict[nn.Module, int]) -> bool:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, (*QUANTIZED, Sum)) or super().is_leaf_module(module, name)
+        return isinstance(module, (*QUANTIZED, Sum, ClippedReLU)) or super().is_leaf_module(module, name)

@@ -57,15 +57,16 @@ class QuantConv2d(nn.Conv2d):
     weight_quantizer: nn.Module
     input_quantizer: nn.Module
     before: Before | None = None
-    ready: Tensor | None = None  # the input of the next forward, quantized already by join
+    ready: tuple[Tensor, Tensor] | None = None  # the input of the next forward, and that input quantized, from join
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(self._quantized(x), self.weight_quantizer(self.weight), self.bias)
 
     def _quantized(self, x: Tensor) -> Tensor:
         if self.ready is not None:
-            v_hat, self.ready = self.ready, None
-            return v_hat
+            (r, v_hat), self.ready = self.ready, None
+            if r is x:
+                return v_hat
         if self.before is None or self.before.joins:
             return self.input_quantizer(x)
         if (out := self._in_one_pass(x, None)) is not None:
@@ -74,10 +75,13 @@ class QuantConv2d(nn.Conv2d):
 
     def join(self, x: Tensor, shortcut: Tensor) -> Tensor:
         """What the layer is about to read, activation(norm(x) + shortcut), which others read too."""
-        if (out := self._in_one_pass(x, shortcut)) is not None:
-            self.ready, r = out
-            return r
-        return self.before(x, shortcut)
+        self.ready = None  # what a forward that broke off may have left
+        out = self._in_one_pass(x, shortcut) if shortcut.shape == x.shape and shortcut.dtype == x.dtype else None
+        if out is None:
+            return self.before(x, shortcut)
+        v_hat, r = out
+        self.ready = r, v_hat
+        return r
 
     def _in_one_pass(self, x: Tensor, shortcut: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
         if not isinstance(self.input_quantizer, Quantizer):

@@ -19,7 +19,8 @@ def content_hash(value: object) -> str:
 def source_hash() -> str:
     """16 hex digits that change with any line of brqat's own code."""
     here = Path(__file__).resolve().parent
-    return content_hash({str(path.relative_to(here)): path.read_text() for path in sorted(here.rglob("*.py"))})
+    files = sorted(path for path in here.rglob("*") if path.suffix in (".py", ".cpp", ".h"))
+    return content_hash({str(path.relative_to(here)): path.read_text() for path in files})
 
 
 def git_sha() -> str | None:

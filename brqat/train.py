@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,6 +38,7 @@ from brqat.fusion import fuse
 from brqat.interrupt import Interrupted, StopRequest, stop_request
 from brqat.layers import LayerCost, Scheme, calibrate, quantize, sites
 from brqat.levels import recording
+from brqat.memory import keep_freed_memory
 from brqat.provenance import content_hash, git_sha, source_hash, versions
 from brqat.regularizer.base import Regularizer
 from brqat.settings import OBJECTIVES, Settings, what_determines
@@ -220,6 +222,8 @@ def _run_on(device: torch.device, cfg: DictConfig, parts: Parts, files: RunFiles
     settings, scheme, regularizer, policy, make_optimizer, lr_warmup_epochs = parts
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    if device.type == "cpu":
+        keep_freed_memory()
     used = kernels.choose(settings.kernels, device)
     if settings.compile:
         _prepare_compiler(device)
@@ -257,7 +261,8 @@ def _run_on(device: torch.device, cfg: DictConfig, parts: Parts, files: RunFiles
             # and what is refused must not hang on the cache.
             quantized(copy.deepcopy(model))
         if not trained:
-            float_recipe = recipe.for_epochs(settings.float_epochs)
+            # Not compiled: the baseline is shared with runs that are not.
+            float_recipe = replace(recipe.for_epochs(settings.float_epochs), compiled=False)
             baseline.train(
                 model,
                 splits=splits,
@@ -378,6 +383,7 @@ def _baseline_key(cfg: DictConfig, settings: Settings, splits: Splits, device: t
         "seed": settings.seed,
         "epochs": settings.float_epochs,
         "batch_size": settings.batch_size,
+        "eval_batch_size": settings.eval_batch_size,
         "bn_batches": settings.bn_batches,
         "data": splits.fingerprint,
         "model": OmegaConf.to_container(cfg.model, resolve=True),

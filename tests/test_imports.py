@@ -22,7 +22,7 @@ STAIRCASE = [
     {"quantizer"},
     {"bins", "model", "dataset", "schedule", "tracking"},
     {"kernels"},
-    {"grid", "files", "devices"},
+    {"grid", "files", "devices", "memory"},
 ]
 STEP = {room: height for height, rooms in enumerate(STAIRCASE) for room in rooms}
 

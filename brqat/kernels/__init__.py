@@ -36,7 +36,7 @@ class OnePass(NamedTuple):
     mse: Tensor | None  # (num_levels,) float32
 
 
-_chosen = "torch"
+_native_on: str | None = None  # the type of device that native kernels are in use for
 
 
 def choose(choice: str, device: torch.device) -> str:
@@ -44,11 +44,11 @@ def choose(choice: str, device: torch.device) -> str:
 
     Raises ValueError for native where it cannot be had.
     """
-    global _chosen
-    _chosen = "torch"
+    global _native_on
+    _native_on = None
     if choice == "torch":
         log.info("kernels: plain PyTorch, as told")
-        return _chosen
+        return "torch"
     try:
         if device.type == "cuda":
             import brqat.kernels.triton  # noqa: F401
@@ -59,14 +59,14 @@ def choose(choice: str, device: torch.device) -> str:
         else:
             raise RuntimeError(f"there are none for {device.type}")
     except (ImportError, OSError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         if choice == "native":
             raise ValueError(f"kernels=native cannot be had here: {reason}. Write kernels=auto or torch.") from error
         log.warning("kernels: plain PyTorch (%s), since native ones cannot be had: %s", COST, reason)
-        return _chosen
-    _chosen = "native"
+        return "torch"
+    _native_on = device.type
     log.info("kernels: native")
-    return _chosen
+    return "native"
 
 
 COST = "about 1.8 times the training time"
@@ -80,7 +80,7 @@ def lsq(
     v: any shape; alpha: one, or one per row of v. alpha_br: alpha again, or a copy without gradient, for what the table
     sends to it. scale: LSQ's g. mse is differentiable in v and alpha_br.
     """
-    if _chosen == "torch" or v.dtype not in (torch.float32, torch.bfloat16):
+    if v.device.type != _native_on or v.dtype not in (torch.float32, torch.bfloat16):
         return None
     if v.is_cuda:
         if grid.gap != 1 or not (alpha.numel() == 1 or alpha.shape[0] == v.shape[0]):
@@ -88,8 +88,6 @@ def lsq(
         from brqat.kernels import triton
 
         return OnePass(*triton.lsq(v, alpha, alpha_br, grid, scale, codes, bins))
-    if not v.is_cpu:
-        return None
     steps, drop = bins or (False, False)
     v_hat, stored, count, mse = torch.ops.brqat.lsq.default(
         v, alpha, alpha_br, grid.qn, grid.qp, grid.gap == 2, scale, codes, bins is not None, steps, drop
@@ -113,7 +111,7 @@ class Norm(NamedTuple):
 
 def native_on(device: torch.device) -> bool:
     """Whether torch.ops.brqat is in use for tensors of the device: lsq, norm_lsq and feed."""
-    return _chosen == "native" and device.type == "cpu"
+    return _native_on == device.type == "cpu"
 
 
 def takes_norm(x: Tensor, alpha: Tensor, grid: Grid, training: bool) -> bool:

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import shutil
+import subprocess
 from pathlib import Path
 
 import torch
@@ -27,17 +28,31 @@ FLAGS = {
 COMMON = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno"]
 
 
-@functools.cache
+_failure: Exception | None = None
+
+
 def load() -> None:
-    """Raises RuntimeError or OSError where the library can neither be found nor built."""
-    torch.ops.load_library(str(built(FOLDER)))
+    """Raises RuntimeError or OSError where the library can neither be found nor built; tries that once per process."""
+    global _failure
+    if _failure is not None:
+        raise _failure
+    try:
+        _load(FOLDER)
+    except (RuntimeError, OSError) as error:
+        _failure = error
+        raise
+
+
+@functools.cache
+def _load(folder: Path) -> None:
+    torch.ops.load_library(str(built(folder)))
 
 
 def built(folder: Path) -> Path:
     """Path of the library in `folder`; builds it if it is not there yet. Safe beside other processes."""
     capability = torch.backends.cpu.get_cpu_capability()
     flags = [*COMMON, f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}", *FLAGS.get(capability, [])]
-    sources = [path.read_text() for path in sorted(SOURCES.iterdir())]
+    sources = [path.read_text() for path in sorted(SOURCES.iterdir()) if path.suffix in (".cpp", ".h")]
     parts = [torch.__version__, platform.machine(), *flags, *sources]
     library = folder / f"brqat-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     if not library.exists():
@@ -59,6 +74,9 @@ def _build(flags: list[str], library: Path) -> None:
     work = library.with_suffix(f".{os.getpid()}")
     shutil.rmtree(work, ignore_errors=True)  # of a process killed meanwhile: a container gives the same number again
     work.mkdir()
+    messages = logging.getLogger(cpp_extension.__name__)
+    level = messages.level
+    messages.setLevel(logging.ERROR)  # it warns of CUDA, which nothing here needs
     try:
         with _found_on_path(ninja.BIN_DIR):
             cpp_extension.load(
@@ -70,7 +88,11 @@ def _build(flags: list[str], library: Path) -> None:
                 with_cuda=False,
             )
         (work / library.name).replace(library)
+    except (subprocess.SubprocessError, RuntimeError) as error:
+        faults = [line for line in str(error).splitlines() if "error:" in line]
+        raise RuntimeError((faults or [f"the C++ kernels could not be built: {error}"])[0]) from error
     finally:
+        messages.setLevel(level)
         shutil.rmtree(work)
 
 

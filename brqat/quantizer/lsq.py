@@ -83,9 +83,10 @@ class LSQ(Quantizer):
     def after_norm(
         self, x: Tensor, shortcut: Tensor | None, training: bool, norm: Callable[[], Norm]
     ) -> tuple[Tensor, Tensor | None] | None:
-        # Recording needs the values between, and the kernel knows no formula but this file's.
-        own = type(self).fake_quantize is not LSQ.fake_quantize
-        if own or self.recording or not kernels.takes_norm(x, self.alpha, self.grid, training):
+        # Recording needs the values between, a hook the call, and the kernel knows no formula but this file's.
+        own = (type(self).forward, type(self).fake_quantize) != (Quantizer.forward, LSQ.fake_quantize)
+        hooked = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        if own or hooked or self.recording or not kernels.takes_norm(x, self.alpha, self.grid, training):
             return None
         asked = self.asked_now
         scale = gradient_scale(x, self.kind, self.alpha, self.grid.qp)

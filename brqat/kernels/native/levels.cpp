@@ -59,7 +59,8 @@ void piece(const float* v, const int16_t* codes, int64_t size, float alpha_value
     }
     for (int64_t k = 0; k < SCALARS; ++k) out[k] += sum_of(total[k]);
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t bin = (codes[start + i] - grid.qn) / grid.gap;
+      // A code outside of the grid, which a quantizer may give for NaN, goes into an end bin, as bins.bin_index has it.
+      const int64_t bin = std::clamp<int64_t>((codes[start + i] - grid.qn) / grid.gap, 0, levels - 1);
       const double e = e_held[i];
       counts[bin] += 1;
       sums[bin] += e;
@@ -76,6 +77,8 @@ void piece(const float* v, const int16_t* codes, int64_t size, float alpha_value
 Tensor site_sums(const Tensor& v_, const Tensor& codes_, const Tensor& alpha_, int64_t qn, int64_t qp, bool sign,
                  double first_edge, double width, int64_t bars) {
   TORCH_CHECK(v_.scalar_type() == at::kFloat && codes_.scalar_type() == at::kShort, "float32 values and int16 codes");
+  TORCH_CHECK(v_.sizes() == codes_.sizes(), "one code per value");
+  check(v_, alpha_);
   const Grid grid(qn, qp, sign);
   const Tensor alpha = alpha_.contiguous(), v = walkable(v_, alpha.numel());
   const Tensor codes = laid_out_as(codes_, v);

@@ -29,16 +29,6 @@ using Optional = std::optional<Tensor>;
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Backward = std::tuple<Tensor, Tensor, Tensor>;
 
-void check(const Tensor& v, const Tensor& alpha) {
-  TORCH_CHECK(v.scalar_type() == at::kFloat || v.scalar_type() == at::kBFloat16, "v is ", v.scalar_type(),
-              ": the kernel takes float32 and bfloat16");
-  TORCH_CHECK(alpha.scalar_type() == at::kFloat, "alpha is ", alpha.scalar_type(), ", not float32");
-  const bool per_row = alpha.dim() == v.dim() && alpha.dim() > 0 && alpha.numel() == v.size(0) &&
-                       alpha.size(0) == v.size(0);
-  TORCH_CHECK(alpha.numel() == 1 || per_row, "alpha has ", alpha.numel(),
-              " entries: the kernel takes one, or one for each row of v");
-}
-
 // A block of any dtype as float32, and back.
 template <typename scalar>
 struct Floats {
@@ -248,6 +238,7 @@ class Lsq : public torch::autograd::Function<Lsq> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
+    TORCH_CHECK(!at::GradMode::is_enabled(), NO_SECOND_DERIVATIVE);
     const auto saved = ctx->get_saved_variables();
     const auto grid = ctx->saved_data["grid"].toIntVector();
     const auto optional = [](const Tensor& t) { return t.defined() ? Optional(t) : Optional(); };

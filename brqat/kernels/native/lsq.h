@@ -13,6 +13,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -325,6 +326,19 @@ inline Tensor walkable(const Tensor& v, int64_t alphas) {
 inline Tensor laid_out_as(const Tensor& t, const Tensor& like) {
   return t.strides() == like.strides() ? t : at::empty_like(like, like.options().dtype(t.scalar_type())).copy_(t);
 }
+
+inline void check(const Tensor& v, const Tensor& alpha) {
+  TORCH_CHECK(v.scalar_type() == at::kFloat || v.scalar_type() == at::kBFloat16, "v is ", v.scalar_type(),
+              ": the kernel takes float32 and bfloat16");
+  TORCH_CHECK(alpha.scalar_type() == at::kFloat, "alpha is ", alpha.scalar_type(), ", not float32");
+  const bool per_row = alpha.dim() == v.dim() && alpha.dim() > 0 && alpha.numel() == v.size(0) &&
+                       alpha.size(0) == v.size(0);
+  TORCH_CHECK(alpha.numel() == 1 || per_row, "alpha has ", alpha.numel(),
+              " entries: the kernel takes one, or one for each row of v");
+}
+
+constexpr const char* NO_SECOND_DERIVATIVE =
+    "the kernels have no second derivative: create_graph=True goes with kernels=torch up to LSQ, and no further";
 
 constexpr int64_t padded(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
 

@@ -34,24 +34,34 @@ Tensor as_rows(const Tensor& t) { return t.contiguous(at::MemoryFormat::Channels
 
 constexpr int64_t FIRST_ROWS = 16;  // whose mean is near enough to that of all
 
-// Rows of a tensor, cut into pieces of about PIECE elements.
+// A tensor's rows of channels, cut into pieces of about PIECE elements: some rows, and of them at most GROUP channels, or
+// a piece of a network's last layers would be a few rows of a thousand channels, each of which wants sums of its own.
 struct Rows {
-  int64_t count, channels, per_piece, pieces;
+  static constexpr int64_t GROUP = 64;
+  int64_t count, channels, groups, per_piece, stacks, pieces;
 
   explicit Rows(const Tensor& x)
       : count(x.numel() / x.size(1)),
         channels(x.size(1)),
-        per_piece(std::max<int64_t>(1, PIECE / channels)),
-        pieces((count + per_piece - 1) / per_piece) {}
+        groups((channels + GROUP - 1) / GROUP),
+        per_piece(PIECE / std::min(channels, GROUP)),
+        stacks((count + per_piece - 1) / per_piece),
+        pieces(groups * stacks) {}
 
-  int64_t begin(int64_t piece) const { return piece * per_piece; }
-  int64_t end(int64_t piece) const { return std::min(count, begin(piece) + per_piece); }
+  struct Piece {
+    int64_t number, stack, first_row, rows, first_channel, end_channel;
+  };
+
+  int64_t rows_of(int64_t stack) const { return std::min(per_piece, count - stack * per_piece); }
 
   // Calls function(piece) for all, each on any thread.
   template <typename Function>
   void for_each(const Function& function) const {
     at::parallel_for(0, pieces, 1, [&](int64_t from, int64_t to) {
-      for (int64_t piece = from; piece < to; ++piece) function(piece);
+      for (int64_t number = from; number < to; ++number) {
+        const int64_t stack = number / groups, first = number % groups * GROUP;
+        function(Piece{number, stack, stack * per_piece, rows_of(stack), first, std::min(channels, first + GROUP)});
+      }
     });
   }
 };
@@ -61,10 +71,10 @@ std::vector<float> per_channel(int64_t channels) { return std::vector<float>(pad
 
 // Calls function(channel, lanes) for each vector of channels; lanes is a constant to the compiler where it is WIDTH.
 template <typename Function>
-C10_ALWAYS_INLINE void for_vectors(int64_t channels, const Function& function) {
-  int64_t c = 0;
-  for (; c + WIDTH <= channels; c += WIDTH) function(c, std::integral_constant<int64_t, WIDTH>());
-  if (c < channels) function(c, channels - c);
+C10_ALWAYS_INLINE void for_vectors(const Rows::Piece& piece, const Function& function) {
+  int64_t c = piece.first_channel;
+  for (; c + WIDTH <= piece.end_channel; c += WIDTH) function(c, std::integral_constant<int64_t, WIDTH>());
+  if (c < piece.end_channel) function(c, piece.end_channel - c);
 }
 
 // Sums of v - about and of its squares over rows, for a vector of channels. Several sums side by side, since an
@@ -100,11 +110,11 @@ void store_as_double(const Vec& v, double* out, int64_t lanes) {
 // pieces are joined as Chan, Golub, LeVeque (1979) do: nothing large cancels.
 void statistics(const float* x, const Rows& rows, float* mean, float* var) {
   const int64_t channels = rows.channels;
-  std::vector<double> means(rows.pieces * channels), squares(rows.pieces * channels);
-  rows.for_each([&](int64_t piece) {
-    const float* start = x + rows.begin(piece) * channels;
-    const int64_t count = rows.end(piece) - rows.begin(piece);
-    for_vectors(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+  std::vector<double> means(rows.stacks * channels), squares(rows.stacks * channels);
+  rows.for_each([&](const Rows::Piece& piece) {
+    const float* start = x + piece.first_row * channels;
+    const int64_t count = piece.rows;
+    for_vectors(piece, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
       const int64_t first = std::min<int64_t>(count, FIRST_ROWS);
       const Vec about =
           sums_about(Vec(0.0f), start + c, first, channels, lanes).first / Vec(static_cast<float>(first));
@@ -115,18 +125,18 @@ void statistics(const float* x, const Rows& rows, float* mean, float* var) {
       square.store(square_lanes);
       for (int64_t i = 0; i < lanes; ++i) {
         const double off = static_cast<double>(sum_lanes[i]) / count;
-        means[piece * channels + c + i] = about_lanes[i] + off;
-        squares[piece * channels + c + i] = std::max(0.0, square_lanes[i] - off * off * count);
+        means[piece.stack * channels + c + i] = about_lanes[i] + off;
+        squares[piece.stack * channels + c + i] = std::max(0.0, square_lanes[i] - off * off * count);
       }
     });
   });
   for (int64_t c = 0; c < channels; ++c) {
     double count = 0, total_mean = 0, total_square = 0;
-    for (int64_t piece = 0; piece < rows.pieces; ++piece) {
-      const double n = rows.end(piece) - rows.begin(piece);
-      const double apart = means[piece * channels + c] - total_mean;
+    for (int64_t stack = 0; stack < rows.stacks; ++stack) {
+      const double n = rows.rows_of(stack);
+      const double apart = means[stack * channels + c] - total_mean;
       total_mean += apart * n / (count + n);
-      total_square += squares[piece * channels + c] + apart * apart * count * n / (count + n);
+      total_square += squares[stack * channels + c] + apart * apart * count * n / (count + n);
       count += n;
     }
     mean[c] = static_cast<float>(total_mean);
@@ -148,10 +158,13 @@ struct Affine {
   }
 };
 
-void check(const Tensor& x, const Tensor& alpha) {
+void check(const Tensor& x, const Optional& shortcut, const Tensor& weight, const Tensor& bias, const Tensor& alpha) {
   TORCH_CHECK(x.scalar_type() == at::kFloat && x.dim() == 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast),
               "the kernel takes float32 (N, C, H, W) in channels_last memory");
   TORCH_CHECK(alpha.scalar_type() == at::kFloat && alpha.numel() == 1, "the kernel takes one float32 alpha");
+  TORCH_CHECK(!shortcut || (shortcut->sizes() == x.sizes() && shortcut->scalar_type() == at::kFloat),
+              "the shortcut is no float32 of x's shape");
+  TORCH_CHECK(weight.numel() == x.size(1) && bias.numel() == x.size(1), "one weight and one bias per channel");
   TORCH_CHECK(x.numel() > 0, "BatchNorm has no statistics of nothing");
 }
 
@@ -160,11 +173,11 @@ void quantize(const float* x, const float* shortcut, float* r_out, float* v_hat,
               const Affine& affine, float low, float high, const Site& site, const Grid& grid, bool bins,
               std::vector<double>& sums) {
   const int64_t channels = rows.channels, levels = grid.levels();
-  rows.for_each([&, site_ = site](int64_t piece) {
+  rows.for_each([&, site_ = site](const Rows::Piece& piece) {
     // Own copies: a store could change what lies behind a reference, for all the compiler knows.
     const Site site = site_;
     const Vec floor(low), ceiling(high);
-    double* part = bins ? &sums[piece * 2 * levels] : nullptr;
+    double* part = bins ? &sums[piece.number * 2 * levels] : nullptr;
     BinSums bin_sums(grid, part, part + levels);
     float bin[BLOCK + WIDTH], squared[BLOCK + WIDTH];
     int64_t held = 0;
@@ -173,9 +186,9 @@ void quantize(const float* x, const float* shortcut, float* r_out, float* v_hat,
       bin_sums.add(bin, squared, padded(held));
       held = 0;
     };
-    for_vectors(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+    for_vectors(piece, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
       const Vec scale = Vec::loadu(&affine.scale[c]), shift = Vec::loadu(&affine.shift[c]);
-      for (int64_t row = rows.begin(piece); row < rows.end(piece); ++row) {
+      for (int64_t row = piece.first_row; row < piece.first_row + piece.rows; ++row) {
         const int64_t at = row * channels + c;
         Vec y = at::vec::fmadd(Vec::loadu(x + at, lanes), scale, shift);
         if (shortcut) y = y + Vec::loadu(shortcut + at, lanes);
@@ -202,7 +215,7 @@ void quantize(const float* x, const float* shortcut, float* r_out, float* v_hat,
 std::tuple<Tensor, Tensor> eval_cpu(const Tensor& x, const Optional& shortcut_, const Tensor& weight,
                                     const Tensor& bias, const Tensor& mean, const Tensor& var, double eps, double low,
                                     double high, const Tensor& alpha, int64_t qn, int64_t qp) {
-  check(x, alpha);
+  check(x, shortcut_, weight, bias, alpha);
   const Tensor shortcut = shortcut_ ? as_rows(*shortcut_) : Tensor();
   const Grid grid(qn, qp, false);
   const Site site(alpha.item<float>(), grid, {false, false, false});
@@ -222,7 +235,7 @@ std::tuple<Tensor, Tensor> eval_meta(const Tensor& x, const Optional& shortcut, 
 
 Forward forward_cpu(const Tensor& x, const Optional& shortcut_, const Tensor& weight, const Tensor& bias, double eps, double low, double high,
                     const Tensor& alpha, int64_t qn, int64_t qp, bool bins, bool in_steps, bool drop_clipped) {
-  check(x, alpha);
+  check(x, shortcut_, weight, bias, alpha);
   const Rows rows(x);
   const Grid grid(qn, qp, false);
   const Site site(alpha.item<float>(), grid, {bins, in_steps, drop_clipped});
@@ -274,18 +287,18 @@ Backward backward_cpu(const Optional& grad_, const Optional& grad_r_, const Opti
   float* out = grad_x.mutable_data_ptr<float>();
   float* dy_out = r_ ? grad_shortcut.mutable_data_ptr<float>() : out;
 
-  // First pass: dy, and the sums. Per piece: dbias, dweight * std, and what goes to the two alphas.
-  const int64_t size = 2 * channels + 2;
-  std::vector<double> sums(rows.pieces * size);
-  rows.for_each([&](int64_t piece) {
+  // First pass: dy, and the sums: dbias and dweight * std per channel, and what goes to the two alphas.
+  std::vector<double> sums(rows.stacks * 2 * channels), to_alphas(rows.pieces * 2);
+  rows.for_each([&](const Rows::Piece& piece) {
     const Vec floor(static_cast<float>(low)), ceiling(static_cast<float>(high));
-    double* part = &sums[piece * size];
+    double* part = &sums[piece.stack * 2 * channels];
     Gradient<false> gradient{site, pulls, bins};
-    for_vectors(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+    int64_t since_flush = 0;
+    for_vectors(piece, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
       const Vec scale = Vec::loadu(&affine.scale[c]), shift = Vec::loadu(&affine.shift[c]);
       const Vec middle = Vec::loadu(&centre[c]);
       Vec sum(0.0f), product(0.0f);
-      for (int64_t row = rows.begin(piece); row < rows.end(piece); ++row) {
+      for (int64_t row = piece.first_row; row < piece.first_row + piece.rows; ++row) {
         const int64_t at = row * channels + c;
         const Vec v = Vec::loadu(in + at, lanes);
         // A clamped r lies on its bound, so that r tells as well as y what was clamped.
@@ -299,12 +312,21 @@ Backward backward_cpu(const Optional& grad_, const Optional& grad_r_, const Opti
       }
       store_as_double(sum, part + c, lanes);
       store_as_double(product, part + channels + c, lanes);
-      gradient.flush(part + 2 * channels, part + 2 * channels + 1);
+      if ((since_flush += piece.rows) >= BLOCK / WIDTH) {
+        gradient.flush(&to_alphas[2 * piece.number], &to_alphas[2 * piece.number + 1]);
+        since_flush = 0;
+      }
     });
+    gradient.flush(&to_alphas[2 * piece.number], &to_alphas[2 * piece.number + 1]);
   });
-  std::vector<double> total(size);
-  for (int64_t piece = 0; piece < rows.pieces; ++piece)
-    for (int64_t i = 0; i < size; ++i) total[i] += sums[piece * size + i];
+  std::vector<double> total(2 * channels);
+  for (int64_t stack = 0; stack < rows.stacks; ++stack)
+    for (int64_t i = 0; i < 2 * channels; ++i) total[i] += sums[stack * 2 * channels + i];
+  double to_alpha = 0, to_alpha_br = 0;
+  for (int64_t piece = 0; piece < rows.pieces; ++piece) {
+    to_alpha += to_alphas[2 * piece];
+    to_alpha_br += to_alphas[2 * piece + 1];
+  }
 
   // Second pass: dx = scale * dy + per_x * x + constant, over dy.
   Tensor grad_weight = at::empty_like(mean), grad_bias = at::empty_like(mean);
@@ -317,10 +339,10 @@ Backward backward_cpu(const Optional& grad_, const Optional& grad_r_, const Opti
     per_x[c] = static_cast<float>(slope);
     constant[c] = static_cast<float>(-affine.scale[c] * total[c] / rows.count - slope * means[c]);
   }
-  rows.for_each([&](int64_t piece) {
-    for_vectors(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+  rows.for_each([&](const Rows::Piece& piece) {
+    for_vectors(piece, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
       const Vec scale = Vec::loadu(&affine.scale[c]), slope = Vec::loadu(&per_x[c]), shift = Vec::loadu(&constant[c]);
-      for (int64_t row = rows.begin(piece); row < rows.end(piece); ++row) {
+      for (int64_t row = piece.first_row; row < piece.first_row + piece.rows; ++row) {
         const int64_t at = row * channels + c;
         const Vec rest = at::vec::fmadd(Vec::loadu(in + at, lanes), slope, shift);
         at::vec::fmadd(Vec::loadu(dy_out + at, lanes), scale, rest).store(out + at, lanes);
@@ -328,7 +350,7 @@ Backward backward_cpu(const Optional& grad_, const Optional& grad_r_, const Opti
     });
   });
   const auto scalar = [&](double value) { return at::empty_like(alpha).fill_(static_cast<float>(value)); };
-  return {grad_x, grad_shortcut, grad_weight, grad_bias, scalar(scale * total[2 * channels]), scalar(total[2 * channels + 1])};
+  return {grad_x, grad_shortcut, grad_weight, grad_bias, scalar(scale * to_alpha), scalar(to_alpha_br)};
 }
 
 Backward backward_meta(const Optional&, const Optional&, const Optional&, const Tensor& x, const Optional& r,
@@ -375,6 +397,7 @@ class NormLsq : public torch::autograd::Function<NormLsq> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
+    TORCH_CHECK(!at::GradMode::is_enabled(), NO_SECOND_DERIVATIVE);
     const auto saved = ctx->get_saved_variables();
     const auto integers = ctx->saved_data["integers"].toIntVector();
     const auto floats = ctx->saved_data["floats"].toDoubleVector();
