@@ -162,7 +162,7 @@ def main(out: str, mode: str, command: str, arguments: list[str]) -> None:
             clock.watch(module)
 
     wanted = {"step": {"brqat.step", "brqat.fit"}, "runs": {"brqat.train"}}
-    modules = {function.partition(":")[0] for functions in PHASES.values() for function in functions}
+    modules = {function.partition(":")[0] for functions in PHASES.values() for function in functions} | {"brqat.step"}
     sys.meta_path.insert(0, AfterImport(set(wanted.get(mode, modules)), patch))
     if mode == "phases":
         clock.watch_imports()

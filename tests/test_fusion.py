@@ -13,10 +13,13 @@ from brqat.alpha_policy import AlphaPolicy
 from brqat.fusion import Deferred, DeferredNorm, fuse
 from brqat.layers import QuantConv2d, calibrate, quantize, sites
 from brqat.levels import LevelHistory, Oscillation
+from brqat.model.activation import ClippedReLU
 from brqat.model.from_torchvision import from_torchvision
+from brqat.model.residual import Sum
 from brqat.model.resnet18 import resnet18
 from brqat.model.resnet_cifar import ResNetCIFAR
 from brqat.model.small_cnn import SmallCNN
+from brqat.quantizer.lsq import LSQ
 from brqat.regularizer.binreg import BinReg
 from brqat.step import Step
 
@@ -256,3 +259,118 @@ def test_a_compiled_step_is_the_eager_one_in_one_graph(native):
     for eager, compiled in zip(results[:2], results[2:], strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
     assert not torch.equal(results[0][0], results[1][0])
+
+
+# ---- the end of a residual block
+
+
+class Block(nn.Module):
+    """conv -> norm -> Sum -> ReLU -> conv, whose shortcut is made by `shortcut`."""
+
+    def __init__(self, shortcut, activation=None):
+        super().__init__()
+        self.conv1, self.norm, self.join = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), Sum()
+        self.relu, self.conv2, self.fc = activation or nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 10)
+        self.shortcut = shortcut
+
+    def forward(self, x):
+        y = self.norm(self.conv1(x))
+        r = self.relu(self.join(y, self.shortcut(y)))
+        return self.fc((self.conv2(r) + r).mean((2, 3)))
+
+
+def block_twins(shortcut, number, activation=None):
+    torch.manual_seed(0)
+    plain = Block(shortcut, activation).to(memory_format=torch.channels_last)
+    nn.init.uniform_(plain.norm.bias, -0.3, 0.5)
+    images = pictures(8)
+    quantize(plain, images, lsq_scheme())
+    fused = deepcopy(plain)
+    assert fuse(fused) == number
+    for model in (plain, fused):
+        calibrate(model, [images])
+    return plain, fused, images
+
+
+def independent(y):
+    """Of y's shape, but not made of it, so that y is read once."""
+    return (
+        torch.linspace(-1, 1, 16).view(1, 16, 1, 1).expand(16, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    )
+
+
+def per_channel(y):
+    """Broadcasts."""
+    return torch.linspace(-1, 1, 16).view(1, 16, 1, 1)
+
+
+def itself(y):
+    return y
+
+
+@pytest.mark.parametrize("shortcut, number", [(independent, 1), (per_channel, 1), (itself, 0)])
+@pytest.mark.parametrize("ceiling", [None, 1.0])
+def test_a_shortcut_is_added_as_plain_torch_adds_it(native, shortcut, number, ceiling):
+    activation = None if ceiling is None else ClippedReLU(ceiling)
+    plain, fused, images = block_twins(shortcut, number, activation)
+    ours = train(fused, images, 4)
+    kernels.choose("torch", torch.device("cpu"))
+    torch.testing.assert_close(ours, train(plain, images, 4), rtol=1e-4, atol=1e-4)
+
+
+def test_a_forward_that_broke_off_leaves_nothing_to_the_next(native):
+    plain, fused, images = block_twins(independent, 1)
+    hook = fused.conv2.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fused(images)
+    hook.remove()
+    plain.load_state_dict(fused.state_dict())
+    for model in (plain, fused):
+        model.eval()
+        model.conv2.input_quantizer.recording = True  # takes the plain path
+    with torch.no_grad():
+        assert torch.equal(fused(images.flip(0)), plain(images.flip(0)))
+    assert fused.conv2.ready is None
+
+
+def test_a_clipped_relu_is_taken_in(native):
+    model = ResNetCIFAR(depth=20, **SHARED | {"clip_value": 1.0})
+    quantize(model, pictures(16, 2), lsq_scheme())
+    assert fuse(model) == 17
+
+
+def test_an_activation_called_by_keyword_stays():
+    class Keyword(nn.Sequential):
+        def forward(self, x):
+            return self[3](self[2](input=self[1](self[0](x))).mean((2, 3)))
+
+    model = Keyword(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Linear(4, 10))
+    quantize(model, pictures(8), lsq_scheme())
+    assert fuse(model) == 0
+
+
+class Squared(LSQ):
+    def forward(self, v):
+        return super().forward(v).square()
+
+
+@pytest.mark.parametrize("way", ["hook", "subclass"])
+def test_a_site_that_is_watched_or_another_is_called(native, way):
+    _, fused, _, images = twins("small_cnn")
+    layer = next(m for m in fused.modules() if isinstance(m, QuantConv2d) and m.before)
+    called = []
+    if way == "hook":
+        layer.input_quantizer.register_forward_hook(lambda *_: called.append(1))
+        fused(images)
+        assert called
+    else:
+        single = fused(images)
+        layer.input_quantizer.__class__ = Squared
+        assert not torch.allclose(fused(images), single)
+
+
+def test_a_second_derivative_is_refused(native):
+    _, fused, _, images = twins("small_cnn")
+    loss = fused(images).square().sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, next(fused.parameters()), create_graph=True)

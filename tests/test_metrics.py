@@ -585,3 +585,11 @@ def test_alpha_gradients_of_frozen_alphas_are_zero(quantized, pictures):
     for name, site in sites(quantized).items():
         norms = [got[name][key] for key in ("alpha_grad_ce", "alpha_grad_br", "alpha_grad_br_upstream")]
         assert norms == [0.0] * 3 if site.kind == "weight" else norms[0] > 0
+
+
+def test_a_code_outside_of_the_grid_counts_in_an_end_bin(each_kernels):
+    site = site_on(uniform_grid(2, True), 0.5)
+    site.alpha = nn.Parameter(torch.tensor(0.5))
+    codes = torch.tensor([-30_000, 30_000, 0], dtype=torch.int16)
+    sums = site_sums(site, torch.zeros(3), codes, None)
+    assert sums[15:19].tolist() == [1, 0, 1, 1]
