@@ -82,6 +82,7 @@ def run_all(device: str, number: int) -> list[str]:
     return wrong
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_equal_the_plain_formulas():
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     ended = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
