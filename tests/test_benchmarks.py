@@ -44,7 +44,7 @@ def test_the_benchmark_of_feeding_prints_its_figures(words):
     done = subprocess.run(
         [*program, *words], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(REPO)}
     )
-    if "takes a C++ compiler" in done.stderr:
+    if "kernels=native cannot be had" in done.stderr:
         pytest.skip("no C++ compiler")
     assert done.returncode == 0, done.stderr
     names = ["DataLoader, 2 workers", "plain torch", "native"]
@@ -76,7 +76,7 @@ def benchmark(name, *words):
     program = [sys.executable, str(REPO / "benchmarks" / name), *map(str, words)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(program, capture_output=True, text=True, env=environment)
-    if "takes a C++ compiler" in done.stderr:
+    if "kernels=native cannot be had" in done.stderr:
         pytest.skip("no C++ compiler")
     assert done.returncode == 0, done.stderr
     return done.stdout
