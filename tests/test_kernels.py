@@ -424,8 +424,9 @@ def test_operators_are_declared_as_they_are(native, bins):
                  (torch.randn(5).bfloat16(), alpha)):  # fmt: skip
         torch.library.opcheck(ops.lsq_forward.default, (v, a, -2, 1, False, True, bins, False, False), test_utils=tests)
         _, _, count, mse = ops.lsq_forward(v, a, -2, 1, False, True, bins, False, False)
-        args = v * 2, mse if bins else None, v, a, count, -2, 1, False, 1.0, False, False
-        torch.library.opcheck(ops.lsq_backward.default, args, test_utils=tests)
+        for one_alpha in (False, True):
+            args = v * 2, mse if bins else None, v, a, count, -2, 1, False, 1.0, False, False, one_alpha
+            torch.library.opcheck(ops.lsq_backward.default, args, test_utils=tests)
     x = last(torch.randn(16, 6, generator=g))
     norm = x, torch.ones(6), torch.zeros(6)
     for shortcut in (None, x / 2):
@@ -434,10 +435,65 @@ def test_operators_are_declared_as_they_are(native, bins):
         _, r, mean, var, count, mse = ops.norm_lsq_forward(*args)
         grads = x * 2, None if shortcut is None else x * 3, mse if bins else None
         args = (*grads, x, None if shortcut is None else r, *norm[1:], mean, var, 1e-5, 0.0, math.inf, alpha, count, 0,
-                3, 1.0, False, False)  # fmt: skip
+                3, 1.0, False, False, bins)  # fmt: skip
         torch.library.opcheck(ops.norm_lsq_backward.default, args, test_utils=tests)
         args = x, shortcut, *norm[1:], mean, var, 1e-5, 0.0, math.inf, alpha, 0, 3
         torch.library.opcheck(ops.norm_lsq_eval.default, args, test_utils=tests)
+
+
+def fused_by(op, v, alpha):
+    """v_hat of a tensor (4, 3, 2, 2) by either operator."""
+    if op == "lsq":
+        return kernels.lsq(v, alpha, alpha, uniform_grid(2, True), SCALE, False, Bins()).v_hat
+    one, zero = torch.ones(3), torch.zeros(3)
+    norm = Norm(one, zero, zero.clone(), one.clone(), 0.1, True, 1e-5, 0.0, math.inf)
+    return kernels.norm_lsq(v, None, norm, alpha, alpha, uniform_grid(2, False), SCALE, Bins())[0].v_hat
+
+
+@pytest.fixture
+def v_and_alpha():
+    v = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    v = v.contiguous(memory_format=torch.channels_last)
+    return v.requires_grad_(), torch.tensor(0.5, requires_grad=True)
+
+
+@pytest.mark.parametrize("op", ["lsq", "norm_lsq"])
+class TestNodesAreAsTorchsOwn:
+    def test_a_second_backward_says_that_the_values_are_gone(self, native, op, v_and_alpha):
+        loss = fused_by(op, *v_and_alpha).sum()
+        loss.backward()
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            loss.backward()
+
+    def test_what_was_saved_may_not_change_in_place(self, native, op, v_and_alpha):
+        v, alpha = v_and_alpha
+        x = v * 1.0
+        loss = fused_by(op, x, alpha).sum()
+        x.detach().add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+    def test_hooks_see_what_is_saved(self, native, op, v_and_alpha):
+        seen = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.shape) or t, lambda t: t):
+            fused_by(op, *v_and_alpha).sum().backward()
+        assert v_and_alpha[0].shape in seen
+
+    def test_a_frozen_alpha_gets_nothing(self, native, op, v_and_alpha):
+        v, alpha = v_and_alpha
+        fused_by(op, v, alpha.detach()).sum().backward()
+        assert alpha.grad is None and v.grad is not None
+
+    def test_nothing_is_kept_where_nothing_is_differentiated(self, native, op, v_and_alpha):
+        with torch.no_grad():
+            assert fused_by(op, *v_and_alpha).grad_fn is None
+        v, alpha = v_and_alpha
+        assert not fused_by(op, v.detach(), alpha.detach()).requires_grad
+
+    def test_forward_mode_is_refused(self, native, op, v_and_alpha):
+        v, alpha = v_and_alpha
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="kernels=torch"):
+            fused_by(op, torch.autograd.forward_ad.make_dual(v.detach(), v.detach()), alpha)
 
 
 def test_a_second_call_builds_nothing(tmp_path, monkeypatch):

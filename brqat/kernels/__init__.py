@@ -93,7 +93,7 @@ def lsq(
     v_hat, stored, count, mse = torch.ops.brqat.lsq.default(
         v, alpha, alpha_br, grid.qn, grid.qp, grid.gap == 2, scale, codes, bins is not None, steps, drop
     )
-    return OnePass(v_hat, stored if codes else None, *((count, mse) if bins else (None, None)))
+    return OnePass(v_hat, stored if codes else None, count if bins else None, mse if bins else None)
 
 
 class Norm(NamedTuple):

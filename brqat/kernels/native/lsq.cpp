@@ -7,6 +7,7 @@
 // The formulas and their sources stand in brqat/quantizer/lsq.py and brqat/bins.py. Saved for backward: v, alpha and
 // the counts, nothing of v's size that was not there before.
 
+#include "autograd.h"
 #include "lsq.h"
 
 #include <algorithm>
@@ -15,11 +16,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/empty_strided.h>
-#include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <c10/core/ScalarType.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 namespace brqat {
@@ -55,7 +52,7 @@ template <typename scalar, bool SIGN>
 void forward_piece(const scalar* v, scalar* v_hat, int16_t* codes, int64_t size, float alpha, const Grid& grid,
                    const Bins& bins, double* count, double* square) {
   const Site site(alpha, grid, bins);
-  BinSums sums(grid, count, square);
+  BinSums sums(grid, size, count, square);
   Floats<scalar> in_float, out_float;
   float code[BLOCK], bin[BLOCK], squared[BLOCK];
   for (int64_t start = 0; start < size; start += BLOCK) {
@@ -127,8 +124,7 @@ Forward forward_cpu(const Tensor& v_, const Tensor& alpha_, int64_t qn, int64_t 
   const Bins asked{bins, in_steps, drop_clipped};
   const int64_t levels = bins ? grid.levels() : 0;
   const Tensor alpha = alpha_.contiguous(), v = walkable(v_, alpha.numel());
-  Tensor v_hat = at::empty_like(v);
-  Tensor stored = codes ? at::empty_like(v, v.options().dtype(at::kShort)) : at::empty({0}, v.options().dtype(at::kShort));
+  Tensor v_hat = empty_as(v), stored = codes ? empty_as(v, at::kShort) : nothing(at::kShort);
   const auto pieces = pieces_of(v.numel(), alpha.numel());
   std::vector<double> sums(pieces.size() * 2 * levels);
   const float* alphas = alpha.const_data_ptr<float>();
@@ -146,7 +142,7 @@ Forward forward_cpu(const Tensor& v_, const Tensor& alpha_, int64_t qn, int64_t 
       }
     });
   });
-  auto [count, mse] = table_of(sums, pieces.size(), levels, v);
+  auto [count, mse] = table_of(sums, pieces.size(), levels);
   return {v_hat, stored, count, mse};
 }
 
@@ -161,17 +157,16 @@ Forward forward_meta(const Tensor& v_, const Tensor& alpha, int64_t qn, int64_t 
 
 Backward backward_cpu(const Optional& grad_, const Optional& grad_mse_, const Tensor& v_, const Tensor& alpha_,
                       const Tensor& count, int64_t qn, int64_t qp, bool sign, double scale, bool in_steps,
-                      bool drop_clipped) {
+                      bool drop_clipped, bool one_alpha) {
   const Grid grid(qn, qp, sign);
   const Bins bins{grad_mse_.has_value(), in_steps, drop_clipped};
   const Tensor alpha = alpha_.contiguous(), v = walkable(v_, alpha.numel());
-  if (!bins.wanted && !grad_.has_value()) return {at::zeros_like(v), at::zeros_like(alpha), at::zeros_like(alpha)};
   const Tensor grad = grad_.has_value() ? laid_out_as(*grad_, v) : Tensor();
   const Tensor grad_mse = bins.wanted ? grad_mse_->contiguous() : Tensor();
   const Pulls pulls(grid, bins.wanted ? grad_mse.const_data_ptr<float>() : nullptr,
                     bins.wanted ? count.const_data_ptr<int64_t>() : nullptr);
-  Tensor grad_v = at::empty_like(v);
-  Tensor grad_alpha = at::empty_like(alpha), grad_bins = at::empty_like(alpha);
+  Tensor grad_v = empty_as(v), grad_alpha = empty_as(alpha);
+  Tensor grad_bins = one_alpha ? nothing(at::kFloat) : empty_as(alpha);
   const auto pieces = pieces_of(v.numel(), alpha.numel());
   std::vector<double> sums(pieces.size() * 2);
   const float* alphas = alpha.const_data_ptr<float>();
@@ -193,15 +188,17 @@ Backward backward_cpu(const Optional& grad_, const Optional& grad_mse_, const Te
   for (size_t p = 0; p < pieces.size(); ++p)
     for (int64_t which = 0; which < 2; ++which) totals[2 * pieces[p].alpha + which] += sums[2 * p + which];
   for (int64_t channel = 0; channel < alpha.numel(); ++channel) {
-    grad_alpha.mutable_data_ptr<float>()[channel] = static_cast<float>(scale * totals[2 * channel]);
-    grad_bins.mutable_data_ptr<float>()[channel] = static_cast<float>(totals[2 * channel + 1]);
+    const double lsq = scale * totals[2 * channel], of_bins = totals[2 * channel + 1];
+    grad_alpha.mutable_data_ptr<float>()[channel] = static_cast<float>(one_alpha ? lsq + of_bins : lsq);
+    if (!one_alpha) grad_bins.mutable_data_ptr<float>()[channel] = static_cast<float>(of_bins);
   }
   return {grad_v, grad_alpha, grad_bins};
 }
 
 Backward backward_meta(const Optional&, const Optional&, const Tensor& v, const Tensor& alpha, const Tensor&, int64_t,
-                       int64_t, bool, double, bool, bool) {
-  return {at::empty_like(walkable(v, alpha.numel())), at::empty_like(alpha), at::empty_like(alpha)};
+                       int64_t, bool, double, bool, bool, bool one_alpha) {
+  return {at::empty_like(walkable(v, alpha.numel())), at::empty_like(alpha),
+          one_alpha ? at::empty({0}, alpha.options()) : at::empty_like(alpha)};
 }
 
 const auto& forward_op() {
@@ -218,41 +215,61 @@ const auto& backward_op() {
   return op;
 }
 
-// alpha_br is alpha, or a copy without gradient: who may move alpha is decided outside.
-class Lsq : public torch::autograd::Function<Lsq> {
- public:
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& v,
-                                                const Tensor& alpha, const Tensor& alpha_br, int64_t qn, int64_t qp,
-                                                bool sign, double scale, bool codes, bool bins, bool in_steps,
-                                                bool drop_clipped) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [v_hat, stored, count, mse] =
-        forward_op().call(v, alpha, qn, qp, sign, codes, bins, in_steps, drop_clipped);
-    ctx->save_for_backward({v, alpha, count});
-    ctx->saved_data["grid"] = std::vector<int64_t>{qn, qp, sign, in_steps, drop_clipped};
-    ctx->saved_data["scale"] = scale;
-    ctx->mark_non_differentiable({stored, count});
-    ctx->set_materialize_grads(false);
-    return {v_hat, stored, count, mse};
+struct LsqBackward : torch::autograd::Node {
+  SavedVariable v, alpha, count;
+  int64_t qn, qp;
+  bool sign, in_steps, drop_clipped, one_alpha;
+  double scale;
+
+  std::string name() const override { return "LsqBackward"; }
+
+  void release_variables() override {
+    const std::lock_guard lock(mutex_);
+    v.reset_data();
+    alpha.reset_data();
+    count.reset_data();
   }
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
-                                                 torch::autograd::variable_list grads) {
-    TORCH_CHECK(!at::GradMode::is_enabled(), NO_SECOND_DERIVATIVE);
-    const auto saved = ctx->get_saved_variables();
-    const auto grid = ctx->saved_data["grid"].toIntVector();
-    const auto optional = [](const Tensor& t) { return t.defined() ? Optional(t) : Optional(); };
-    auto [grad_v, grad_alpha, grad_bins] =
-        backward_op().call(optional(grads[0]), optional(grads[3]), saved[0], saved[1], saved[2], grid[0], grid[1],
-                           grid[2], ctx->saved_data["scale"].toDouble(), grid[3], grid[4]);
-    return {grad_v, grad_alpha, grads[3].defined() ? grad_bins : Tensor(), {}, {}, {}, {}, {}, {}, {}, {}};
+  variable_list apply(variable_list&& grads) override {
+    check_first_derivative();
+    const std::lock_guard lock(mutex_);
+    const Tensor mse = grads.size() > 1 ? grads[1] : Tensor();
+    if (!grads[0].defined() && !mse.defined()) return variable_list(3);
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [to_v, to_alpha, to_bins] =
+        backward_op().call(if_defined(grads[0]), if_defined(mse), v.unpack(), alpha.unpack(), count.unpack(), qn, qp,
+                           sign, scale, in_steps, drop_clipped, one_alpha);
+    if (one_alpha || !mse.defined()) to_bins = Tensor();
+    if (!one_alpha && !grads[0].defined()) to_alpha = Tensor();
+    return {to_v, to_alpha, to_bins};
   }
 };
 
+// alpha_br is alpha, or a copy without gradient: who may move alpha is decided outside.
 Forward lsq_autograd(const Tensor& v, const Tensor& alpha, const Tensor& alpha_br, int64_t qn, int64_t qp, bool sign,
                      double scale, bool codes, bool bins, bool in_steps, bool drop_clipped) {
-  auto out = Lsq::apply(v, alpha, alpha_br, qn, qp, sign, scale, codes, bins, in_steps, drop_clipped);
-  return {out[0], out[1], out[2], out[3]};
+  check_modes(v);
+  auto results = [&] {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return forward_op().call(v, alpha, qn, qp, sign, codes, bins, in_steps, drop_clipped);
+  }();
+  if (!compute_requires_grad(v, alpha, alpha_br)) return results;
+  const auto& [v_hat, stored, count, mse] = results;
+  const bool one_alpha = alpha_br.is_same(alpha);
+  const auto node = node_for<LsqBackward>(v, alpha, one_alpha ? Tensor() : alpha_br);
+  node->v = SavedVariable(v, false);
+  node->alpha = SavedVariable(alpha, false);
+  node->count = SavedVariable(count, false);
+  node->qn = qn;
+  node->qp = qp;
+  node->sign = sign;
+  node->in_steps = in_steps;
+  node->drop_clipped = drop_clipped;
+  node->one_alpha = one_alpha;
+  node->scale = scale;
+  set_history(v_hat, node);
+  if (bins) set_history(mse, node);
+  return results;
 }
 
 Forward lsq_without_grad(const Tensor& v, const Tensor& alpha, const Tensor&, int64_t qn, int64_t qp, bool sign,
@@ -271,7 +288,7 @@ TORCH_LIBRARY_FRAGMENT(brqat, m) {
       "drop_clipped) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "lsq_backward(Tensor? grad, Tensor? grad_mse, Tensor v, Tensor alpha, Tensor count, int qn, int qp, bool sign, "
-      "float scale, bool in_steps, bool drop_clipped) -> (Tensor, Tensor, Tensor)");
+      "float scale, bool in_steps, bool drop_clipped, bool one_alpha) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(brqat, CPU, m) {

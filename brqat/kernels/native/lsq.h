@@ -11,11 +11,10 @@
 #include <limits>
 #include <vector>
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/grad_mode.h>
 #include <ATen/cpu/vec/vec.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/macros/Macros.h>
 
@@ -138,9 +137,12 @@ C10_ALWAYS_INLINE double sum_of(const Vec& v) {
 class BinSums {
  public:
   // count, square: (levels) each, to be added to.
-  BinSums(const Grid& grid, double* count, double* square)
+  // size: of the piece.
+  BinSums(const Grid& grid, int64_t size, double* count, double* square)
       : grid_(grid), levels_(grid.levels()), count_(count), square_(square) {
-    if (levels_ > FEW_LEVELS) table_.assign(REPLICAS * (levels_ + 1), {0.0f, 0.0f});  // one more: what is left out
+    if (levels_ <= FEW_LEVELS) return;
+    replicas_ = size < REPLICAS * levels_ ? 1 : REPLICAS;
+    table_.assign(2 * replicas_ * (levels_ + 1), 0.0f);  // one more bin: what is left out
   }
 
   // Both up to a multiple of WIDTH; code: of the bin, left_out for what does not count.
@@ -169,60 +171,75 @@ class BinSums {
   }
 
   void finish() {
-    if (levels_ > FEW_LEVELS) flush();
+    if (held_) flush();
   }
 
  private:
-  struct Pair {
-    float count, square;
-  };
-  static constexpr int64_t REPLICAS = 4;  // neighbours that share a bin then need not wait for each other
+  // Count and sum side by side: one load, one addition and one store for both.
+  using Pair = float __attribute__((vector_size(8)));
+  static constexpr int64_t REPLICAS = 8;  // neighbours that share a bin then need not wait for each other
   static constexpr int64_t FLUSH = 8192;  // elements
 
   void add_to_table(const float* code, const float* square, int64_t n) {
-    Pair* table = table_.data();
-    const int64_t bins = levels_ + 1;
-    const float qn = grid_.level(0);
-    for (int64_t i = 0; i < n; i += REPLICAS)
-      for (int64_t r = 0; r < REPLICAS; ++r) {
-        Pair& pair = table[r * bins + static_cast<int32_t>(code[i + r] - qn)];  // these grids have no gaps
-        pair.count += 1.0f;
-        pair.square += square[i + r];
-      }
-    if ((held_ += n) >= FLUSH) flush();
+    int32_t bin[BLOCK + WIDTH];
+    const Vec qn(grid_.level(0));  // these grids have no gaps
+    for (int64_t i = 0; i < n; i += WIDTH) at::vec::convert_to_int_of_same_size(Vec::loadu(code + i) - qn).store(bin + i);
+    if (replicas_ == 1) {
+      for (int64_t i = 0; i < n; ++i) at(bin[i]) += Pair{1.0f, square[i]};
+    } else {
+      for (int64_t i = 0; i < n; i += REPLICAS)
+        for (int64_t r = 0; r < REPLICAS; ++r) at(r * (levels_ + 1) + bin[i + r]) += Pair{1.0f, square[i + r]};
+    }
+    if ((held_ += n) < FLUSH) return;
+    flush();
+    std::fill(table_.begin(), table_.end(), 0.0f);
   }
 
+  C10_ALWAYS_INLINE Pair& at(int64_t place) { return reinterpret_cast<Pair*>(table_.data())[place]; }
+
   void flush() {
-    for (int64_t r = 0; r < REPLICAS; ++r)
-      for (int64_t bin = 0; bin < levels_; ++bin) {
-        Pair& pair = table_[r * (levels_ + 1) + bin];
-        count_[bin] += pair.count;
-        square_[bin] += pair.square;
-        pair = {0.0f, 0.0f};
-      }
+    const int64_t size = 2 * (levels_ + 1);
+    float* total = table_.data();
+    for (int64_t r = 1; r < replicas_; ++r)
+      for (int64_t i = 0; i < size; ++i) total[i] += total[r * size + i];
+    for (int64_t bin = 0; bin < levels_; ++bin) {
+      count_[bin] += total[2 * bin];
+      square_[bin] += total[2 * bin + 1];
+    }
     held_ = 0;
   }
 
   const Grid grid_;
   const int64_t levels_;
   double *count_, *square_;
-  std::vector<Pair> table_;
-  int64_t held_ = 0;
+  int64_t replicas_ = 0, held_ = 0;
+  std::vector<float> table_;
 };
 
+// at::empty and at::empty_like, without their way through the dispatcher.
+inline Tensor empty(at::IntArrayRef sizes, at::ScalarType type) { return Tensor(at::detail::empty_cpu(sizes, type)); }
+
+inline Tensor empty_as(const Tensor& like, at::ScalarType type) {
+  return Tensor(at::detail::empty_strided_cpu(like.sizes(), like.strides(), type));
+}
+
+inline Tensor empty_as(const Tensor& like) { return empty_as(like, like.scalar_type()); }
+
+// In the place of a result that was not asked for: an operator must return a tensor, and each its own.
+inline Tensor nothing(at::ScalarType type) { return empty({0}, type); }
+
 // Count and mean square of each bin, from the sums of all pieces, (pieces, 2, levels), in their order.
-inline std::pair<Tensor, Tensor> table_of(const std::vector<double>& sums, int64_t pieces, int64_t levels,
-                                          const Tensor& like) {
-  Tensor count = at::empty({levels}, like.options().dtype(at::kLong));
-  Tensor mse = at::empty({levels}, like.options().dtype(at::kFloat));
+inline std::pair<Tensor, Tensor> table_of(const std::vector<double>& sums, int64_t pieces, int64_t levels) {
+  if (levels == 0) return {nothing(at::kLong), nothing(at::kFloat)};
+  Tensor count = empty({levels}, at::kLong), mse = empty({levels}, at::kFloat);
+  std::vector<double> total(2 * levels);
+  for (int64_t piece = 0; piece < pieces; ++piece)
+    for (int64_t i = 0; i < 2 * levels; ++i) total[i] += sums[piece * 2 * levels + i];
+  int64_t* counts = count.mutable_data_ptr<int64_t>();
+  float* means = mse.mutable_data_ptr<float>();
   for (int64_t bin = 0; bin < levels; ++bin) {
-    double n = 0, square = 0;
-    for (int64_t piece = 0; piece < pieces; ++piece) {
-      n += sums[piece * 2 * levels + bin];
-      square += sums[piece * 2 * levels + levels + bin];
-    }
-    count.mutable_data_ptr<int64_t>()[bin] = static_cast<int64_t>(n);
-    mse.mutable_data_ptr<float>()[bin] = static_cast<float>(square / std::max(n, 1.0));
+    counts[bin] = static_cast<int64_t>(total[bin]);
+    means[bin] = static_cast<float>(total[levels + bin] / std::max(total[bin], 1.0));
   }
   return {count, mse};
 }
@@ -232,25 +249,31 @@ class Pulls {
  public:
   // grad_mse, count: (levels) each; nullptr for no pull at all.
   Pulls(const Grid& grid, const float* grad_mse, const int64_t* count)
-      : qn_(grid.level(0)), few_(grid.levels() <= 4), table_(grid.levels() + 1) {  // the last for what is left out
+      : qn_(grid.level(0)), few_(grid.levels() <= 4), some_(!few_ && grid.levels() <= 16), table_(grid.levels() + 1) {  // the last for what is left out
     for (int64_t bin = 0; grad_mse && bin < grid.levels(); ++bin)
       table_[bin] = 2.0f * grad_mse[bin] / static_cast<float>(std::max<int64_t>(count[bin], 1));
     for (int64_t bin = 0; few_ && bin < 5; ++bin) {
       level_[bin] = Vec(grid.level(bin));
       pull_[bin] = Vec(bin < grid.levels() ? table_[bin] : 0.0f);
     }
+    if (some_ && WIDTH == 16) pull_[0] = Vec::loadu(table_.data(), std::min(grid.levels(), WIDTH));
   }
 
   C10_ALWAYS_INLINE Vec operator()(const Vec& code) const {
     if (few_)  // in registers
       return if_at_most(code, level_[1], if_at_most(code, level_[0], pull_[0], pull_[1]),
                         if_at_most(code, level_[2], pull_[2], if_at_most(code, level_[3], pull_[3], pull_[4])));
-    return at::vec::gather<sizeof(float)>(table_.data(), at::vec::convert_to_int_of_same_size(code - qn_));
+    const auto place = at::vec::convert_to_int_of_same_size(code - qn_);
+#if defined(CPU_CAPABILITY_AVX512)
+    // In one register. The seventeenth place, of what is left out, reads the first: Gradient drops what it says.
+    if (some_) return Vec(_mm512_permutexvar_ps(place, pull_[0]));
+#endif
+    return at::vec::gather<sizeof(float)>(table_.data(), place);
   }
 
  private:
   const Vec qn_;
-  const bool few_;
+  const bool few_, some_;
   std::vector<float> table_;
   Vec level_[5], pull_[5];
 };
@@ -336,9 +359,6 @@ inline void check(const Tensor& v, const Tensor& alpha) {
   TORCH_CHECK(alpha.numel() == 1 || per_row, "alpha has ", alpha.numel(),
               " entries: the kernel takes one, or one for each row of v");
 }
-
-constexpr const char* NO_SECOND_DERIVATIVE =
-    "the kernels have no second derivative: create_graph=True goes with kernels=torch up to LSQ, and no further";
 
 constexpr int64_t padded(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
 

@@ -11,6 +11,7 @@
 //
 // (Ioffe, Szegedy, 2015, section 3.) x is float32 (N, C, H, W) in channels_last memory: rows of C.
 
+#include "autograd.h"
 #include "lsq.h"
 
 #include <tuple>
@@ -18,9 +19,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 namespace brqat {
@@ -178,7 +177,7 @@ void quantize(const float* x, const float* shortcut, float* r_out, float* v_hat,
     const Site site = site_;
     const Vec floor(low), ceiling(high);
     double* part = bins ? &sums[piece.number * 2 * levels] : nullptr;
-    BinSums bin_sums(grid, part, part + levels);
+    BinSums bin_sums(grid, piece.rows * (piece.end_channel - piece.first_channel), part, part + levels);
     float bin[BLOCK + WIDTH], squared[BLOCK + WIDTH];
     int64_t held = 0;
     const auto pass_on = [&] {
@@ -218,8 +217,8 @@ std::tuple<Tensor, Tensor> eval_cpu(const Tensor& x, const Optional& shortcut_, 
   check(x, shortcut_, weight, bias, alpha);
   const Tensor shortcut = shortcut_ ? as_rows(*shortcut_) : Tensor();
   const Grid grid(qn, qp, false);
-  const Site site(alpha.item<float>(), grid, {false, false, false});
-  Tensor v_hat = at::empty_like(x), r = shortcut_ ? at::empty_like(x) : at::empty({0}, x.options());
+  const Site site(*alpha.const_data_ptr<float>(), grid, {false, false, false});
+  Tensor v_hat = empty_as(x), r = shortcut_ ? empty_as(x) : nothing(at::kFloat);
   std::vector<double> none;
   quantize(x.const_data_ptr<float>(), shortcut_ ? shortcut.const_data_ptr<float>() : nullptr,
            r.mutable_data_ptr<float>(), v_hat.mutable_data_ptr<float>(), Rows(x),
@@ -238,18 +237,17 @@ Forward forward_cpu(const Tensor& x, const Optional& shortcut_, const Tensor& we
   check(x, shortcut_, weight, bias, alpha);
   const Rows rows(x);
   const Grid grid(qn, qp, false);
-  const Site site(alpha.item<float>(), grid, {bins, in_steps, drop_clipped});
+  const Site site(*alpha.const_data_ptr<float>(), grid, {bins, in_steps, drop_clipped});
   const Tensor shortcut = shortcut_ ? as_rows(*shortcut_) : Tensor();
-  Tensor v_hat = at::empty_like(x), r = shortcut_ ? at::empty_like(x) : at::empty({0}, x.options());
-  Tensor mean = at::empty({rows.channels}, weight.options());
-  Tensor var = at::empty({rows.channels}, weight.options());
+  Tensor v_hat = empty_as(x), r = shortcut_ ? empty_as(x) : nothing(at::kFloat);
+  Tensor mean = empty({rows.channels}, at::kFloat), var = empty({rows.channels}, at::kFloat);
   statistics(x.const_data_ptr<float>(), rows, mean.mutable_data_ptr<float>(), var.mutable_data_ptr<float>());
   std::vector<double> sums(bins ? rows.pieces * 2 * grid.levels() : 0);
   quantize(x.const_data_ptr<float>(), shortcut_ ? shortcut.const_data_ptr<float>() : nullptr,
            r.mutable_data_ptr<float>(), v_hat.mutable_data_ptr<float>(), rows,
            Affine(weight.contiguous(), bias.contiguous(), mean, var, eps), static_cast<float>(low),
            static_cast<float>(high), site, grid, bins, sums);
-  auto [count, mse] = table_of(sums, rows.pieces, bins ? grid.levels() : 0, x);
+  auto [count, mse] = table_of(sums, rows.pieces, bins ? grid.levels() : 0);
   return {v_hat, r, mean, var, count, mse};
 }
 
@@ -264,12 +262,12 @@ Forward forward_meta(const Tensor& x, const Optional& shortcut, const Tensor& we
 Backward backward_cpu(const Optional& grad_, const Optional& grad_r_, const Optional& grad_mse_, const Tensor& x,
                       const Optional& r_, const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& var, double eps, double low, double high,
                       const Tensor& alpha, const Tensor& count, int64_t qn, int64_t qp, double scale, bool in_steps,
-                      bool drop_clipped) {
+                      bool drop_clipped, bool one_alpha) {
   const Rows rows(x);
   const int64_t channels = rows.channels;
   const Grid grid(qn, qp, false);
   const bool bins = grad_mse_.has_value();
-  const Site site(alpha.item<float>(), grid, {bins, in_steps, drop_clipped});
+  const Site site(*alpha.const_data_ptr<float>(), grid, {bins, in_steps, drop_clipped});
   const Tensor grad_mse = bins ? grad_mse_->contiguous() : Tensor();
   const Pulls pulls(grid, bins ? grad_mse.const_data_ptr<float>() : nullptr,
                     bins ? count.const_data_ptr<int64_t>() : nullptr);
@@ -282,8 +280,7 @@ Backward backward_cpu(const Optional& grad_, const Optional& grad_r_, const Opti
   const float* means = mean.const_data_ptr<float>();
   auto centre = per_channel(channels);
   std::copy(means, means + channels, centre.begin());
-  Tensor grad_x = at::empty_like(x);
-  Tensor grad_shortcut = r_ ? at::empty_like(x) : at::empty({0}, x.options());
+  Tensor grad_x = empty_as(x), grad_shortcut = r_ ? empty_as(x) : nothing(at::kFloat);
   float* out = grad_x.mutable_data_ptr<float>();
   float* dy_out = r_ ? grad_shortcut.mutable_data_ptr<float>() : out;
 
@@ -329,7 +326,7 @@ Backward backward_cpu(const Optional& grad_, const Optional& grad_r_, const Opti
   }
 
   // Second pass: dx = scale * dy + per_x * x + constant, over dy.
-  Tensor grad_weight = at::empty_like(mean), grad_bias = at::empty_like(mean);
+  Tensor grad_weight = empty_as(mean), grad_bias = empty_as(mean);
   auto per_x = per_channel(channels), constant = per_channel(channels);
   for (int64_t c = 0; c < channels; ++c) {
     const double inverse = 1 / std::sqrt(var.const_data_ptr<float>()[c] + eps);
@@ -349,17 +346,19 @@ Backward backward_cpu(const Optional& grad_, const Optional& grad_r_, const Opti
       }
     });
   });
-  const auto scalar = [&](double value) { return at::empty_like(alpha).fill_(static_cast<float>(value)); };
-  return {grad_x, grad_shortcut, grad_weight, grad_bias, scalar(scale * to_alpha), scalar(to_alpha_br)};
+  Tensor grad_alpha = empty_as(alpha), grad_bins = one_alpha ? nothing(at::kFloat) : empty_as(alpha);
+  *grad_alpha.mutable_data_ptr<float>() = static_cast<float>(scale * to_alpha + (one_alpha ? to_alpha_br : 0));
+  if (!one_alpha) *grad_bins.mutable_data_ptr<float>() = static_cast<float>(to_alpha_br);
+  return {grad_x, grad_shortcut, grad_weight, grad_bias, grad_alpha, grad_bins};
 }
 
 Backward backward_meta(const Optional&, const Optional&, const Optional&, const Tensor& x, const Optional& r,
                        const Tensor& weight, const Tensor& bias,
                        const Tensor&, const Tensor&, double, double, double, const Tensor& alpha, const Tensor&,
-                       int64_t, int64_t, double, bool, bool) {
+                       int64_t, int64_t, double, bool, bool, bool one_alpha) {
   return {at::empty_like(x), r ? at::empty_like(x) : at::empty({0}, x.options()), at::empty_like(weight),
           at::empty_like(bias), at::empty_like(alpha),
-          at::empty_like(alpha)};
+          one_alpha ? at::empty({0}, alpha.options()) : at::empty_like(alpha)};
 }
 
 const auto& forward_op() {
@@ -374,49 +373,71 @@ const auto& backward_op() {
   return op;
 }
 
-class NormLsq : public torch::autograd::Function<NormLsq> {
- public:
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
-                                                const Optional& shortcut, const Tensor& weight, const Tensor& bias, double eps, double low,
-                                                double high, const Tensor& alpha, const Tensor& alpha_br, int64_t qn,
-                                                int64_t qp, double scale, bool bins, bool in_steps,
-                                                bool drop_clipped) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [v_hat, r, mean, var, count, mse] =
-        forward_op().call(x, shortcut, weight, bias, eps, low, high, alpha, qn, qp, bins, in_steps, drop_clipped);
-    ctx->save_for_backward({x, weight, bias, mean, var, alpha, count, shortcut ? r : Tensor()});
-    ctx->saved_data["integers"] = std::vector<int64_t>{qn, qp, in_steps, drop_clipped};
-    ctx->saved_data["floats"] = std::vector<double>{eps, low, high, scale};
-    if (shortcut)
-      ctx->mark_non_differentiable({mean, var, count});
-    else
-      ctx->mark_non_differentiable({r, mean, var, count});
-    ctx->set_materialize_grads(false);
-    return {v_hat, r, mean, var, count, mse};
+struct NormLsqBackward : torch::autograd::Node {
+  SavedVariable x, r, weight, bias, mean, var, alpha, count;
+  double eps, low, high, scale;
+  int64_t qn, qp;
+  bool joined, in_steps, drop_clipped, one_alpha;
+
+  std::string name() const override { return "NormLsqBackward"; }
+
+  void release_variables() override {
+    const std::lock_guard lock(mutex_);
+    for (SavedVariable* saved : {&x, &r, &weight, &bias, &mean, &var, &alpha, &count}) saved->reset_data();
   }
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
-                                                 torch::autograd::variable_list grads) {
-    TORCH_CHECK(!at::GradMode::is_enabled(), NO_SECOND_DERIVATIVE);
-    const auto saved = ctx->get_saved_variables();
-    const auto integers = ctx->saved_data["integers"].toIntVector();
-    const auto floats = ctx->saved_data["floats"].toDoubleVector();
-    const auto optional = [](const Tensor& t) { return t.defined() ? Optional(t) : Optional(); };
-    auto [grad_x, grad_shortcut, grad_weight, grad_bias, grad_alpha, grad_alpha_br] = backward_op().call(
-        optional(grads[0]), optional(grads[1]), optional(grads[5]), saved[0], optional(saved[7]), saved[1], saved[2],
-        saved[3], saved[4], floats[0], floats[1], floats[2], saved[5], saved[6], integers[0], integers[1], floats[3],
-        integers[2], integers[3]);
-    return {grad_x, saved[7].defined() ? grad_shortcut : Tensor(), grad_weight, grad_bias, {}, {}, {}, grad_alpha,
-            grads[5].defined() ? grad_alpha_br : Tensor(), {}, {}, {}, {}, {}, {}};
+  // grads: of v_hat, and where there are such results of r and of mse.
+  variable_list apply(variable_list&& grads) override {
+    check_first_derivative();
+    const std::lock_guard lock(mutex_);
+    const Tensor of_r = joined ? grads[1] : Tensor();
+    const Tensor of_mse = grads.size() > 1 + joined ? grads[1 + joined] : Tensor();
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [to_x, to_shortcut, to_weight, to_bias, to_alpha, to_bins] = backward_op().call(
+        if_defined(grads[0]), if_defined(of_r), if_defined(of_mse), x.unpack(),
+        joined ? std::optional(r.unpack()) : std::nullopt, weight.unpack(), bias.unpack(), mean.unpack(), var.unpack(),
+        eps, low, high, alpha.unpack(), count.unpack(), qn, qp, scale, in_steps, drop_clipped, one_alpha);
+    if (!joined) to_shortcut = Tensor();
+    if (one_alpha || !of_mse.defined()) to_bins = Tensor();
+    return {to_x, to_shortcut, to_weight, to_bias, to_alpha, to_bins};
   }
 };
 
-Forward with_grad(const Tensor& x, const Optional& shortcut, const Tensor& weight, const Tensor& bias, double eps, double low, double high,
-                  const Tensor& alpha, const Tensor& alpha_br, int64_t qn, int64_t qp, double scale, bool bins,
-                  bool in_steps, bool drop_clipped) {
-  auto out = NormLsq::apply(x, shortcut, weight, bias, eps, low, high, alpha, alpha_br, qn, qp, scale, bins, in_steps,
-                            drop_clipped);
-  return {out[0], out[1], out[2], out[3], out[4], out[5]};
+Forward with_grad(const Tensor& x, const Optional& shortcut, const Tensor& weight, const Tensor& bias, double eps,
+                  double low, double high, const Tensor& alpha, const Tensor& alpha_br, int64_t qn, int64_t qp,
+                  double scale, bool bins, bool in_steps, bool drop_clipped) {
+  check_modes(x);
+  auto results = [&] {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return forward_op().call(x, shortcut, weight, bias, eps, low, high, alpha, qn, qp, bins, in_steps, drop_clipped);
+  }();
+  const Tensor added = shortcut.value_or(Tensor());
+  if (!compute_requires_grad(x, added, weight, bias, alpha, alpha_br)) return results;
+  const auto& [v_hat, r, mean, var, count, mse] = results;
+  const bool one_alpha = alpha_br.is_same(alpha);
+  const auto node = node_for<NormLsqBackward>(x, added, weight, bias, alpha, one_alpha ? Tensor() : alpha_br);
+  node->x = SavedVariable(x, false);
+  if (shortcut) node->r = SavedVariable(r.detach(), false);  // without its node, which would hold itself
+  node->weight = SavedVariable(weight, false);
+  node->bias = SavedVariable(bias, false);
+  node->mean = SavedVariable(mean, false);
+  node->var = SavedVariable(var, false);
+  node->alpha = SavedVariable(alpha, false);
+  node->count = SavedVariable(count, false);
+  node->eps = eps;
+  node->low = low;
+  node->high = high;
+  node->scale = scale;
+  node->qn = qn;
+  node->qp = qp;
+  node->joined = shortcut.has_value();
+  node->in_steps = in_steps;
+  node->drop_clipped = drop_clipped;
+  node->one_alpha = one_alpha;
+  set_history(v_hat, node);
+  if (shortcut) set_history(r, node);
+  if (bins) set_history(mse, node);
+  return results;
 }
 
 Forward without_grad(const Tensor& x, const Optional& shortcut, const Tensor& weight, const Tensor& bias, double eps, double low, double high,
@@ -438,7 +459,7 @@ TORCH_LIBRARY_FRAGMENT(brqat, m) {
   m.def(
       "norm_lsq_backward(Tensor? grad, Tensor? grad_r, Tensor? grad_mse, Tensor x, Tensor? r, Tensor weight, Tensor bias, Tensor mean, Tensor "
       "var, float eps, float low, float high, Tensor alpha, Tensor count, int qn, int qp, float scale, bool in_steps, "
-      "bool drop_clipped) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool drop_clipped, bool one_alpha) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "norm_lsq_eval(Tensor x, Tensor? shortcut, Tensor weight, Tensor bias, Tensor mean, Tensor var, float eps, float "
       "low, float high, Tensor alpha, int qn, int qp) -> (Tensor, Tensor)");
