@@ -7,6 +7,7 @@ checkpoint's keys stay as they are.
 
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -60,13 +61,24 @@ class QuantConv2d(nn.Conv2d):
     ready: tuple[Tensor, Tensor] | None = None  # the input of the next forward, and that input quantized, from join
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(self._quantized(x), self.weight_quantizer(self.weight), self.bias)
+        (r, v_hat), self.ready = self.ready or (None, None), None
+        weight = self.weight_quantizer(self.weight)
+        if r is not x or r is None:
+            return self._conv_forward(self._quantized(x), weight, self.bias)
+        with self._kept_as(r, v_hat):
+            return self._conv_forward(v_hat, weight, self.bias)
+
+    def _kept_as(self, r: Tensor, v_hat: Tensor) -> AbstractContextManager:
+        """Keeps nothing of v_hat for backward: there r, which the site itself keeps, is quantized once more."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return nullcontext()
+        site, r, place = self.input_quantizer, r.detach(), v_hat.data_ptr()
+        again = partial(kernels.lsq_again, r, site.alpha.detach(), site.grid)
+        return torch.autograd.graph.saved_tensors_hooks(
+            lambda t: again if t.data_ptr() == place else t, lambda kept: kept() if kept is again else kept
+        )
 
     def _quantized(self, x: Tensor) -> Tensor:
-        if self.ready is not None:
-            (r, v_hat), self.ready = self.ready, None
-            if r is x:
-                return v_hat
         if self.before is None or self.before.joins:
             return self.input_quantizer(x)
         if (out := self._in_one_pass(x, None)) is not None:
