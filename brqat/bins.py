@@ -72,17 +72,17 @@ def bin_sum(index: Tensor, values: Tensor, num_bins: int) -> Tensor:
         values = values.expand_as(index).clone(memory_format=torch.contiguous_format)
         index = index.contiguous()
     zeros = torch.zeros(num_bins, dtype=values.dtype, device=values.device)
-    return zeros.index_add_(0, _as_it_lies(index), _as_it_lies(values))
+    return zeros.index_add_(0, as_it_lies(index), as_it_lies(values))
 
 
 def bin_count(index: Tensor, num_bins: int) -> Tensor:
     """Number of elements in each bin, (num_bins,) int64."""
     zeros = torch.zeros(num_bins, dtype=torch.int64, device=index.device)
     ones = torch.ones((), dtype=torch.int64, device=index.device).expand(index.numel())
-    return zeros.index_add_(0, _as_it_lies(index), ones)
+    return zeros.index_add_(0, as_it_lies(index), ones)
 
 
-def _as_it_lies(t: Tensor) -> Tensor:
+def as_it_lies(t: Tensor) -> Tensor:
     """Flat, in the order of memory where that is channels_last: a sum is free in its order, and a copy costs."""
     return (t.permute(0, 2, 3, 1) if _is_channels_last(t) else t).flatten()
 

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import torch
+
 
 class Grid(NamedTuple):
     """The codes qn, qn + gap, ..., qp. Level k sits at k * alpha."""
@@ -15,6 +17,11 @@ class Grid(NamedTuple):
     @property
     def num_levels(self) -> int:
         return (self.qp - self.qn) // self.gap + 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What stored codes are, of up to 8 bits."""
+        return torch.int8 if self.qn < 0 else torch.uint8
 
     @property
     def codes(self) -> range:

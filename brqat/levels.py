@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from brqat import kernels
 from brqat.alpha_policy import KINDS, AlphaPolicy
-from brqat.bins import bin_index
+from brqat.bins import as_it_lies, bin_index
 from brqat.metrics import histogram_edges, level_metrics, site_sums
 from brqat.quantizer.base import Quantizer
 from brqat.regularizer.base import Regularizer
@@ -26,6 +26,7 @@ from brqat.regularizer.base import Regularizer
 STEP_FIGURES = ("flip_rate_step", "oscillation", "oscillation_share")  # of weights, followed at every step
 OSCILLATION_MOMENTUM = 0.01
 OSCILLATING_ABOVE = 0.005
+FADED_AT_MOST = 1e-6
 FLIP_PICTURES = 64
 DEAD_AFTER = 5
 
@@ -37,63 +38,83 @@ class Oscillation:
         self.sites = {name: site for name, site in sites.items() if site.kind == "weight"}
         self.last: Tensor | None = None  # codes of the step before
         self.direction: Tensor | None = None  # sign of the last change, 0 before the first
-        self.frequency: Tensor | None = None
-        self.flips: Tensor | None = None  # since the last report
+        self.frequency: Tensor | None = None  # over faded
+        self.faded = 1.0  # what a frequency of 1 would have become since `frequency` was last brought up to date
+        self.flips: Tensor | None = None  # of each site, since the last report
         self.steps = 0  # with a step before them, since the last report
         self.sizes: list[int] = []
 
     @torch.no_grad()
     def step(self) -> None:
-        """Call once per training step, after the forward; reads the codes it used."""
+        """Call once per training step, after the forward; reads the codes it used.
+
+        A frequency fades by 1 - m at each step and gains m when its weight returns. Fading all of them would be most of
+        the work, since few weights change: what is gained is raised instead, m / (1 - m)^steps.
+        """
         if not self.sites:
             return
-        seen = [site.seen.codes for site in self.sites.values()]
-        if self.last is not None and kernels.native_on(self.last.device):
-            state = self.last, self.direction, self.frequency, self.flips
-            torch.ops.brqat.oscillation(seen, *state, OSCILLATION_MOMENTUM)
-            self.steps += 1
-            return
-        codes = torch.cat([part.reshape(-1) for part in seen])
+        codes = [site.seen.codes.to(torch.int8) for site in self.sites.values()]
         if self.last is None:
-            self.direction = torch.zeros_like(codes, dtype=torch.int8)
-            self.frequency = torch.zeros_like(codes, dtype=torch.float32)
-            self.flips = torch.zeros_like(codes, dtype=torch.int32)
+            self.last = _flat(codes)
+            self.direction = torch.zeros_like(self.last)
+            self.frequency = torch.zeros_like(self.last, dtype=torch.float32)
+            self.flips = torch.zeros(len(codes), dtype=torch.int64, device=self.last.device)
+            self.sizes = [part.numel() for part in codes]
+            return
+        self.steps += 1
+        self.faded *= 1 - OSCILLATION_MOMENTUM
+        share = OSCILLATION_MOMENTUM / self.faded
+        if kernels.native_on(self.last.device):
+            state = self.last, self.direction, self.frequency, self.flips
+            torch.ops.brqat.oscillation(codes, *state, share)
         else:
-            change = (codes - self.last).sign_().to(torch.int8)
+            now = _flat(codes)
+            change = (now > self.last).to(torch.int8) - (now < self.last).to(torch.int8)
             # Opposite signs multiply to -1; no earlier change multiplies to 0.
-            back = (change * self.direction) < 0
-            self.frequency.lerp_(back.float(), OSCILLATION_MOMENTUM)
-            self.flips += change != 0
-            self.direction = torch.where(change != 0, change, self.direction)
-            self.steps += 1
-        self.last = codes
-        self.sizes = [part.numel() for part in seen]
+            self.frequency.add_((change * self.direction) < 0, alpha=share)
+            changed = change != 0
+            self.flips += torch.stack(torch._foreach_norm(changed.float().split(self.sizes), 1)).long()
+            self.direction = torch.where(changed, change, self.direction)
+            self.last = now
+        if self.faded < FADED_AT_MOST:
+            self._bring_up_to_date()
+
+    def _bring_up_to_date(self) -> None:
+        if self.frequency is not None:
+            self.frequency *= self.faded
+        self.faded = 1.0
 
     def report(self) -> dict[str, tuple[Tensor, ...]]:
         """STEP_FIGURES per site, still on the device; then starts a new count of flips."""
         if self.steps == 0:
             return {}
+        self._bring_up_to_date()
         out = {
             name: (
-                flips.double().mean() / self.steps,
+                flips.double() / (self.steps * frequency.numel()),
                 frequency.double().mean(),
                 (frequency > OSCILLATING_ABOVE).double().mean(),
             )
-            for name, flips, frequency in zip(
-                self.sites, self.flips.split(self.sizes), self.frequency.split(self.sizes), strict=True
-            )
+            for name, flips, frequency in zip(self.sites, self.flips, self.frequency.split(self.sizes), strict=True)
         }
-        self.flips.zero_()
+        self.flips = torch.zeros_like(self.flips)
         self.steps = 0
         return out
 
     def state_dict(self) -> dict:
+        self._bring_up_to_date()
         keys = ("last", "direction", "frequency", "flips", "steps", "sizes")
         return {key: getattr(self, key) for key in keys}
 
     def load_state_dict(self, state: dict) -> None:
         for key, value in state.items():
             setattr(self, key, value)
+        self.faded = 1.0
+
+
+def _flat(codes: Iterable[Tensor]) -> Tensor:
+    """All sites' codes in one tensor, each in the order of its memory."""
+    return torch.cat([as_it_lies(part) for part in codes])
 
 
 class LevelHistory:

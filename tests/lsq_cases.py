@@ -256,7 +256,7 @@ def check(case: Case, seed: int, device: str, fused, roundings: int, dv_is_same:
         assert v_hat.stride() == v.stride()
     assert (codes is None) == (not case.codes)
     if case.codes:
-        assert codes.dtype == torch.int16 and not codes.requires_grad and codes.stride() == v_hat.stride()
+        assert codes.dtype == grid.dtype and not codes.requires_grad and codes.stride() == v_hat.stride()
         same(codes, want_codes, "codes")
     assert (count is None) == (mse is None) == (case.bins is None)
     args = exact_v, alpha.double(), want_codes, count, exact_mse, grid, grad, grad_mse, case, roundings

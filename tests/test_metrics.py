@@ -298,7 +298,7 @@ def test_oscillation_equals_a_simulation_of_single_weights(each_kernels):
             if step:
                 for codes, chance in zip(histories[name], rate[name], strict=True):
                     codes.append(draw.randrange(-2, 2) if draw.random() < chance else codes[-1])
-            now = torch.tensor([codes[-1] for codes in histories[name]], dtype=torch.int16).view(sizes[name])
+            now = torch.tensor([codes[-1] for codes in histories[name]], dtype=torch.int8).view(sizes[name])
             site.seen = Seen(now.shape, None, now)
         oscillation.step()
         if step == reported_at:

@@ -31,7 +31,7 @@ class OnePass(NamedTuple):
     """What one pass gives; None for what was not asked for."""
 
     v_hat: Tensor
-    codes: Tensor | None  # int16, v's shape
+    codes: Tensor | None  # in the grid's dtype, v's shape
     count: Tensor | None  # (num_levels,) int64
     mse: Tensor | None  # (num_levels,) float32
 

@@ -33,7 +33,7 @@ SHORT_ROW, SMALL, LARGE = 1024, (256, 2), (4096, 8)
 def lsq(
     v: Tensor, alpha: Tensor, alpha_br: Tensor, grid: Grid, scale: float, codes: bool, bins: Bins | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Fake-quantized v, and where asked for the int16 codes, and count and mse of the bins, both (num_levels,).
+    """Fake-quantized v, and where asked for the codes in grid.dtype, and count and mse of the bins, both (num_levels,).
 
     v: any shape, float32 or shorter; alpha: float32, one number or (C, 1, ..) for the C rows of v, positive.
     alpha_br: alpha, or alpha.detach() where the bins are not to move it. scale: LSQ's g on alpha's gradient.
@@ -98,7 +98,8 @@ def _(v, alpha, alpha_br, qn, qp, scale, codes, bins, in_steps, drop_clipped):
 
 def _forward_like(v: Tensor, qn: int, qp: int, codes: bool, bins: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward's results, not yet filled."""
-    stored = torch.empty_like(v, dtype=torch.int16) if codes else v.new_empty(0, dtype=torch.int16)
+    dtype = Grid(qn, qp).dtype
+    stored = torch.empty_like(v, dtype=dtype) if codes else v.new_empty(0, dtype=dtype)
     num_levels = qp - qn + 1 if bins else 0
     count = v.new_empty(num_levels, dtype=torch.int64)
     return torch.empty_like(v), stored, count, v.new_empty(num_levels, dtype=torch.float32)
@@ -266,7 +267,7 @@ def _forward_kernel(
     v, alpha, u, c = _quantize(v_ptr, alpha_ptr, at, exists, channel, QN, QP)
     tl.store(v_hat_ptr + at, (c * alpha).to(v_hat_ptr.dtype.element_ty), mask=exists)
     if codes_ptr is not None:
-        tl.store(codes_ptr + at, tl.where(c == c, c, QN * 1.0).to(tl.int16), mask=exists)
+        tl.store(codes_ptr + at, tl.where(c == c, c, QN * 1.0).to(codes_ptr.dtype.element_ty), mask=exists)
     if counts_ptr is not None:
         index = _bin(u, c, exists, QN, QP, DROP_CLIPPED)
         d = _distance(v, alpha, u, c, IN_STEPS)

@@ -40,7 +40,7 @@ class Seen(NamedTuple):
 
     shape: torch.Size
     v: Tensor | None  # before fake-quantization, while recording
-    codes: Tensor | None  # int16, v's shape, while recording
+    codes: Tensor | None  # in the grid's dtype, v's shape, while recording
     table: BinTable | None = None  # as asked
 
 
@@ -82,7 +82,7 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def fake_quantize(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """v_hat in v's dtype, and the int16 codes.
+        """v_hat in v's dtype, and the codes in the grid's dtype.
 
         A `Quantized` may hold the table that `asked_now` describes as well, and leave out codes that nobody records.
         """

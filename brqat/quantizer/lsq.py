@@ -23,7 +23,7 @@ from brqat.quantizer.base import Quantized, Quantizer, Seen, gradient_scale
 
 
 def lsq(v: Tensor, alpha: Tensor, grid: Grid, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Fake-quantized v in v's dtype, and its codes as int16.
+    """Fake-quantized v in v's dtype, and its codes, in grid.dtype.
 
     v: any shape and float dtype; alpha: broadcastable to v, positive; scale: LSQ's g on alpha's gradient.
     Rounding is half to even, in float32 (float64 for float64 v) whatever the precision outside.
@@ -40,7 +40,7 @@ class _LSQ(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v, alpha, grid, scale):
         codes = lsq_codes(v, alpha, grid)
-        stored = codes.nan_to_num(grid.qn).to(torch.int16)  # NaN has no code: bin 0 shows it to the table
+        stored = codes.nan_to_num(grid.qn).to(grid.dtype)  # NaN has no code: bin 0 shows it to the table
         ctx.save_for_backward(v, alpha, stored)
         ctx.grid, ctx.scale = grid, scale
         ctx.mark_non_differentiable(stored)

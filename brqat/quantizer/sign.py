@@ -25,7 +25,7 @@ class _Sign(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v, alpha, scale):
         codes = sign_codes(as_float(v))
-        stored = codes.nan_to_num(-1).to(torch.int16)  # NaN has no code: bin 0 shows it to the table
+        stored = codes.nan_to_num(-1).to(SIGN_GRID.dtype)  # NaN has no code: bin 0 shows it to the table
         ctx.save_for_backward(alpha, stored)
         ctx.scale = scale
         ctx.mark_non_differentiable(stored)

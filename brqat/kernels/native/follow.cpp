@@ -2,6 +2,8 @@
 // is) and the floor under the alphas. One call each, since a call per site costs more than the work.
 
 #include <algorithm>
+#include <cstring>
+#include <numeric>
 #include <vector>
 
 #include <ATen/Parallel.h>
@@ -16,36 +18,45 @@ using at::Tensor;
 constexpr int64_t PIECE = 65536;  // weights that one thread takes at a time
 constexpr int64_t BLOCK = 256;
 
-// codes: of each site, int16; the rest flat over all sites: last int16, direction int8, frequency float32, flips int32.
-void oscillation(at::TensorList codes, Tensor last, Tensor direction, Tensor frequency, Tensor flips, double momentum) {
+// In the order of memory where that is channels_last, as bins.as_it_lies has it.
+Tensor as_it_lies(const Tensor& t) {
+  return t.dim() == 4 && t.is_contiguous(at::MemoryFormat::ChannelsLast) ? t : t.contiguous();
+}
+
+// codes: of each site, int8; last, direction and frequency flat over all sites, int8, int8 and float32; flips: of each
+// site, int64. share: what a change back adds to the frequency.
+void oscillation(at::TensorList codes, Tensor last, Tensor direction, Tensor frequency, Tensor flips, double share_) {
+  const float share = static_cast<float>(share_);
   int64_t start = 0;
-  const float share = static_cast<float>(momentum);
-  for (const Tensor& site : codes) {
-    TORCH_CHECK(site.scalar_type() == at::kShort, "codes are int16");
-    const Tensor flat = site.contiguous();
-    const int64_t size = flat.numel();
+  for (size_t site = 0; site < codes.size(); ++site) {
+    TORCH_CHECK(codes[site].scalar_type() == at::kChar, "codes are int8");
+    const Tensor flat = as_it_lies(codes[site]);
+    const int64_t size = flat.numel(), pieces = (size + PIECE - 1) / PIECE;
     TORCH_CHECK(start + size <= last.numel(), "more codes than were followed so far");
-    const int16_t* now = flat.const_data_ptr<int16_t>();
-    int16_t* before = last.mutable_data_ptr<int16_t>() + start;
+    const int8_t* now = flat.const_data_ptr<int8_t>();
+    int8_t* before = last.mutable_data_ptr<int8_t>() + start;
     int8_t* way = direction.mutable_data_ptr<int8_t>() + start;
     float* often = frequency.mutable_data_ptr<float>() + start;
-    int32_t* count = flips.mutable_data_ptr<int32_t>() + start;
-    at::parallel_for(0, size, PIECE, [&](int64_t begin, int64_t end) {
-      for (int64_t from = begin; from < end; from += BLOCK) {
-        const int64_t to = std::min(end, from + BLOCK);
-        for (int64_t i = from; i < to; ++i) often[i] -= share * often[i];
-        // In most blocks no code has changed.
-        if (std::equal(now + from, now + to, before + from)) continue;
-        for (int64_t i = from; i < to; ++i) {
-          if (now[i] == before[i]) continue;
-          const int8_t change = now[i] > before[i] ? 1 : -1;
-          if (change * way[i] < 0) often[i] += share;
-          ++count[i];
-          way[i] = change;
-          before[i] = now[i];
+    std::vector<int64_t> changes(pieces);
+    at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t piece = begin; piece < end; ++piece) {
+        const int64_t stop = std::min(size, (piece + 1) * PIECE);
+        for (int64_t from = piece * PIECE; from < stop; from += BLOCK) {
+          const int64_t to = std::min(stop, from + BLOCK);
+          // In most blocks no code has changed.
+          if (std::memcmp(now + from, before + from, to - from) == 0) continue;
+          for (int64_t i = from; i < to; ++i) {
+            if (now[i] == before[i]) continue;
+            const int8_t change = now[i] > before[i] ? 1 : -1;
+            if (change * way[i] < 0) often[i] += share;
+            ++changes[piece];
+            way[i] = change;
+            before[i] = now[i];
+          }
         }
       }
     });
+    flips.mutable_data_ptr<int64_t>()[site] += std::accumulate(changes.begin(), changes.end(), int64_t(0));
     start += size;
   }
 }
@@ -70,7 +81,7 @@ void guard(at::TensorList alphas, at::TensorList floors, Tensor clamped) {
 TORCH_LIBRARY_FRAGMENT(brqat, m) {
   m.def(
       "oscillation(Tensor[] codes, Tensor(a!) last, Tensor(b!) direction, Tensor(c!) frequency, Tensor(d!) flips, "
-      "float momentum) -> ()");
+      "float share) -> ()");
   m.def("guard(Tensor(a!)[] alphas, Tensor[] floors, Tensor(b!) clamped) -> ()");
 }
 

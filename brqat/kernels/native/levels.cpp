@@ -6,6 +6,7 @@
 
 #include <array>
 
+#include <ATen/Dispatch.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -19,7 +20,8 @@ struct Histogram {
   int64_t bins;
 };
 
-void piece(const float* v, const int16_t* codes, int64_t size, float alpha_value, const Grid& grid,
+template <typename code_type>
+void piece(const float* v, const code_type* codes, int64_t size, float alpha_value, const Grid& grid,
            const Histogram& histogram, double* out) {
   const Vec alpha(alpha_value), qn(static_cast<float>(grid.qn)), qp(static_cast<float>(grid.qp));
   const Vec zero(0.0f), one(1.0f), hundredth(0.01f), twentieth(0.05f);
@@ -73,10 +75,10 @@ void piece(const float* v, const int16_t* codes, int64_t size, float alpha_value
   }
 }
 
-// v: float32, codes: int16 of v's shape; alpha: one, or one per row of v.
+// v: float32, codes: integers of v's shape; alpha: one, or one per row of v.
 Tensor site_sums(const Tensor& v_, const Tensor& codes_, const Tensor& alpha_, int64_t qn, int64_t qp, bool sign,
                  double first_edge, double width, int64_t bars) {
-  TORCH_CHECK(v_.scalar_type() == at::kFloat && codes_.scalar_type() == at::kShort, "float32 values and int16 codes");
+  TORCH_CHECK(v_.scalar_type() == at::kFloat, "float32 values");
   TORCH_CHECK(v_.sizes() == codes_.sizes(), "one code per value");
   check(v_, alpha_);
   const Grid grid(qn, qp, sign);
@@ -86,12 +88,14 @@ Tensor site_sums(const Tensor& v_, const Tensor& codes_, const Tensor& alpha_, i
   const auto pieces = pieces_of(v.numel(), alpha.numel());
   const int64_t size = SCALARS + 3 * grid.levels() + bars;
   std::vector<double> parts(pieces.size() * size);
-  at::parallel_for(0, pieces.size(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      const auto [start, count, channel] = pieces[p];
-      piece(v.const_data_ptr<float>() + start, codes.const_data_ptr<int16_t>() + start, count,
-            alpha.const_data_ptr<float>()[channel], grid, histogram, &parts[p * size]);
-    }
+  AT_DISPATCH_INTEGRAL_TYPES(codes.scalar_type(), "site_sums", [&] {
+    at::parallel_for(0, pieces.size(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        const auto [start, count, channel] = pieces[p];
+        piece(v.const_data_ptr<float>() + start, codes.const_data_ptr<scalar_t>() + start, count,
+              alpha.const_data_ptr<float>()[channel], grid, histogram, &parts[p * size]);
+      }
+    });
   });
   Tensor out = at::zeros({size}, v.options().dtype(at::kDouble));
   double* totals = out.mutable_data_ptr<double>();

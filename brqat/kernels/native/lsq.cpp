@@ -48,8 +48,8 @@ struct Floats {
   }
 };
 
-template <typename scalar, bool SIGN>
-void forward_piece(const scalar* v, scalar* v_hat, int16_t* codes, int64_t size, float alpha, const Grid& grid,
+template <bool SIGN, typename scalar, typename code_type>
+void forward_piece(const scalar* v, scalar* v_hat, code_type* codes, int64_t size, float alpha, const Grid& grid,
                    const Bins& bins, double* count, double* square) {
   const Site site(alpha, grid, bins);
   BinSums sums(grid, size, count, square);
@@ -80,7 +80,7 @@ void forward_piece(const scalar* v, scalar* v_hat, int16_t* codes, int64_t size,
       sums.add(bin, squared, padded(n));
     }
     if (codes)
-      for (int64_t i = 0; i < n; ++i) codes[start + i] = static_cast<int16_t>(code[i]);
+      for (int64_t i = 0; i < n; ++i) codes[start + i] = static_cast<code_type>(code[i]);
   }
   if (bins.wanted) sums.finish();
 }
@@ -124,23 +124,26 @@ Forward forward_cpu(const Tensor& v_, const Tensor& alpha_, int64_t qn, int64_t 
   const Bins asked{bins, in_steps, drop_clipped};
   const int64_t levels = bins ? grid.levels() : 0;
   const Tensor alpha = alpha_.contiguous(), v = walkable(v_, alpha.numel());
-  Tensor v_hat = empty_as(v), stored = codes ? empty_as(v, at::kShort) : nothing(at::kShort);
+  Tensor v_hat = empty_as(v), stored = codes ? empty_as(v, code_type(qn)) : nothing(code_type(qn));
   const auto pieces = pieces_of(v.numel(), alpha.numel());
   std::vector<double> sums(pieces.size() * 2 * levels);
   const float* alphas = alpha.const_data_ptr<float>();
-  int16_t* codes_out = codes ? stored.mutable_data_ptr<int16_t>() : nullptr;
   for_types(v.scalar_type(), sign, [&](auto scalar, auto is_sign) {
     using type = decltype(scalar);
     const type* in = v.const_data_ptr<type>();
     type* out = v_hat.mutable_data_ptr<type>();
-    at::parallel_for(0, pieces.size(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        const auto [start, size, channel] = pieces[p];
-        double* part = sums.data() + p * 2 * levels;
-        forward_piece<type, decltype(is_sign)::value>(in + start, out + start, codes ? codes_out + start : nullptr,
-                                                      size, alphas[channel], grid, asked, part, part + levels);
-      }
-    });
+    const auto with_codes = [&](auto* codes_out) {
+      at::parallel_for(0, pieces.size(), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t p = begin; p < end; ++p) {
+          const auto [start, size, channel] = pieces[p];
+          double* part = sums.data() + p * 2 * levels;
+          forward_piece<decltype(is_sign)::value>(in + start, out + start, codes ? codes_out + start : nullptr, size,
+                                                  alphas[channel], grid, asked, part, part + levels);
+        }
+      });
+    };
+    if (qn < 0) with_codes(stored.mutable_data_ptr<int8_t>());
+    else with_codes(stored.mutable_data_ptr<uint8_t>());
   });
   auto [count, mse] = table_of(sums, pieces.size(), levels);
   return {v_hat, stored, count, mse};
@@ -150,7 +153,8 @@ Forward forward_meta(const Tensor& v_, const Tensor& alpha, int64_t qn, int64_t 
                      bool, bool) {
   const Tensor v = walkable(v_, alpha.numel());
   const int64_t levels = bins ? Grid(qn, qp, sign).levels() : 0;
-  Tensor stored = codes ? at::empty_like(v, v.options().dtype(at::kShort)) : at::empty({0}, v.options().dtype(at::kShort));
+  const auto as_codes = v.options().dtype(code_type(qn));
+  Tensor stored = codes ? at::empty_like(v, as_codes) : at::empty({0}, as_codes);
   return {at::empty_like(v), stored, at::empty({levels}, v.options().dtype(at::kLong)),
           at::empty({levels}, v.options().dtype(at::kFloat))};
 }

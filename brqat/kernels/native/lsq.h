@@ -38,6 +38,9 @@ struct Grid {
   float level(int64_t bin) const { return static_cast<float>(qn + bin * gap); }
 };
 
+// Of stored codes; as Grid.dtype in brqat/grid.py.
+inline at::ScalarType code_type(int64_t qn) { return qn < 0 ? at::kChar : at::kByte; }
+
 // What a regularizer asks of a site's bins (brqat.bins.Bins).
 struct Bins {
   bool wanted, in_steps, drop_clipped;
