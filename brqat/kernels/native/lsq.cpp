@@ -48,41 +48,36 @@ struct Floats {
   }
 };
 
-template <bool SIGN, typename scalar, typename code_type>
-void forward_piece(const scalar* v, scalar* v_hat, code_type* codes, int64_t size, float alpha, const Grid& grid,
-                   const Bins& bins, double* count, double* square) {
-  const Site site(alpha, grid, bins);
-  BinSums sums(grid, size, count, square);
+template <bool SIGN, typename scalar, typename code_type, typename MakeSums>
+void forward_piece(const scalar* v, scalar* v_hat, code_type* codes, int64_t size, const Site& site_,
+                   const MakeSums& make_sums) {
+  const Site site = site_;  // a store could change what lies behind a reference, for all the compiler knows
+  auto sums = make_sums();
   Floats<scalar> in_float, out_float;
-  float code[BLOCK], bin[BLOCK], squared[BLOCK];
+  float code[BLOCK];
   for (int64_t start = 0; start < size; start += BLOCK) {
     const int64_t n = std::min(BLOCK, size - start);
     const float* in = in_float.read(v + start, n);
     float* out = out_float.room(v_hat + start);
-    const auto step = [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
+    const auto step = [&](int64_t i, auto lanes) __attribute__((always_inline)) {
       const Vec x = Vec::loadu(in + i, lanes);
       const Vec u = site.divided(x);
       const Vec c = site.code<SIGN>(u);
       (c * site.alpha).store(out + i, lanes);
       if (codes) site.known(c).store(code + i);
-      if (bins.wanted) {
+      if constexpr (decltype(sums)::WANTED) {
         const Vec distance = site.distance(x, u, c);
-        (distance * distance).store(squared + i);
-        site.bin_code(u, c).store(bin + i);
+        sums.add(site.bin_code(u, c), distance * distance, lanes);
       }
     };
     int64_t i = 0;
-    for (; i + WIDTH <= n; i += WIDTH) step(i, WIDTH);
+    for (; i + WIDTH <= n; i += WIDTH) step(i, std::integral_constant<int64_t, WIDTH>());
     if (i < n) step(i, n - i);
     out_float.write(v_hat + start, n);
-    if (bins.wanted) {
-      std::fill(bin + n, bin + padded(n), static_cast<float>(grid.qp + grid.gap));
-      sums.add(bin, squared, padded(n));
-    }
     if (codes)
       for (int64_t i = 0; i < n; ++i) codes[start + i] = static_cast<code_type>(code[i]);
   }
-  if (bins.wanted) sums.finish();
+  sums.finish();
 }
 
 template <typename scalar, bool SIGN>
@@ -137,8 +132,11 @@ Forward forward_cpu(const Tensor& v_, const Tensor& alpha_, int64_t qn, int64_t 
         for (int64_t p = begin; p < end; ++p) {
           const auto [start, size, channel] = pieces[p];
           double* part = sums.data() + p * 2 * levels;
-          forward_piece<decltype(is_sign)::value>(in + start, out + start, codes ? codes_out + start : nullptr, size,
-                                                  alphas[channel], grid, asked, part, part + levels);
+          const Site site(alphas[channel], grid, asked);
+          with_sums(grid, bins, size, part, part + levels, [&](const auto& make) {
+            forward_piece<decltype(is_sign)::value>(in + start, out + start, codes ? codes_out + start : nullptr, size,
+                                                    site, make);
+          });
         }
       });
     };

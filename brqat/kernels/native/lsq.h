@@ -24,11 +24,12 @@ using at::Tensor;
 using Vec = at::vec::Vectorized<float>;
 
 constexpr int64_t WIDTH = Vec::size();
-constexpr int64_t BLOCK = 1024;    // elements whose intermediate values live in the L1 cache
-constexpr int64_t PIECE = 32768;   // elements that one thread takes at a time
-constexpr int64_t FEW_LEVELS = 8;  // up to here bins are summed one after the other, beyond by a table
+constexpr int64_t BLOCK = 1024;   // elements whose intermediate values live in the L1 cache
+constexpr int64_t PIECE = 32768;  // elements that one thread takes at a time
 
 static_assert(BLOCK % WIDTH == 0);
+
+constexpr int64_t padded(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
 
 struct Grid {
   int64_t qn, qp, gap;  // gap: distance of two codes
@@ -68,6 +69,15 @@ BRQAT_CHOICE(if_less, <)
 BRQAT_CHOICE(if_at_most, <=)
 BRQAT_CHOICE(if_equal, ==)
 #undef BRQAT_CHOICE
+
+// sum + (a == b ? term : 0), in one instruction where there are mask registers.
+C10_ALWAYS_INLINE Vec add_if_equal(const Vec& sum, const Vec& a, const Vec& b, const Vec& term) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return Vec(_mm512_mask_add_ps(sum, _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), sum, term));
+#else
+  return sum + if_equal(a, b, term, Vec(0.0f));
+#endif
+}
 
 // value between the two bounds, themselves excluded, else 0.
 C10_ALWAYS_INLINE Vec if_between(const Vec& low, const Vec& x, const Vec& high, const Vec& value) {
@@ -123,7 +133,8 @@ struct Site {
   }
 
   C10_ALWAYS_INLINE Vec distance(const Vec& v, const Vec& u, const Vec& code) const {
-    return at::vec::fmadd(code, minus_unit, in_steps ? u : v);
+    if (in_steps) return at::vec::fmadd(code, minus_unit, u);  // not ?:, which would choose between addresses
+    return at::vec::fmadd(code, minus_unit, v);
   }
 };
 
@@ -136,69 +147,121 @@ C10_ALWAYS_INLINE double sum_of(const Vec& v) {
   return total;
 }
 
-// Count and sum of squared distances per bin of a piece, fed block by block.
+// Count and sum of squared distances per bin of a piece. add takes the code of the bin (left_out for what does not
+// count) and the square of the first lanes.
+struct NoSums {
+  static constexpr bool WANTED = false;
+  C10_ALWAYS_INLINE void add(const Vec&, const Vec&, int64_t) {}
+  void finish() {}
+};
+
+// A block is held back, then goes through once for all of a few levels, or once per level, or into a table.
 class BinSums {
  public:
-  // count, square: (levels) each, to be added to.
-  // size: of the piece.
+  static constexpr bool WANTED = true;
+
+  // size: of the piece; count, square: (levels) each, to be added to.
   BinSums(const Grid& grid, int64_t size, double* count, double* square)
       : grid_(grid), levels_(grid.levels()), count_(count), square_(square) {
-    if (levels_ <= FEW_LEVELS) return;
+    if (levels_ <= ONE_BY_ONE) return;
     replicas_ = size < REPLICAS * levels_ ? 1 : REPLICAS;
     table_.assign(2 * replicas_ * (levels_ + 1), 0.0f);  // one more bin: what is left out
   }
 
-  // Both up to a multiple of WIDTH; code: of the bin, left_out for what does not count.
-  void add(const float* code, const float* square, int64_t n) {
-    if (levels_ > FEW_LEVELS) return add_to_table(code, square, n);
+  C10_ALWAYS_INLINE void add(const Vec& code, const Vec& square, int64_t lanes) {
+    code.store(code_ + held_);
+    square.store(squared_ + held_);
+    if ((held_ += lanes) > BLOCK - WIDTH) pass_on();
+  }
+
+  void finish() {
+    if (held_) pass_on();
+    if (in_table_) flush();
+  }
+
+ private:
+  // Count and sum side by side: one load, one addition and one store for both.
+  using Pair = float __attribute__((vector_size(8)));
+  static constexpr int64_t AT_ONCE = 4, ONE_BY_ONE = 8;  // levels
+  static constexpr int64_t REPLICAS = 8;    // neighbours that share a bin then need not wait for each other
+  static constexpr int64_t FLUSH = 8192;    // elements
+
+  void pass_on() {
+    const int64_t n = padded(held_);
+    std::fill(code_ + held_, code_ + n, grid_.level(levels_));
+    if (levels_ <= AT_ONCE) at_once(n);
+    else if (levels_ <= ONE_BY_ONE) one_by_one(n);
+    else into_table(n);
+    held_ = 0;
+  }
+
+  void at_once(int64_t n) {
+    // NaN equals nothing.
+    const auto level = [&](int64_t bin) {
+      return Vec(bin < levels_ ? grid_.level(bin) : std::numeric_limits<float>::quiet_NaN());
+    };
+    const Vec one(1.0f), zero(0.0f), level_0 = level(0), level_1 = level(1), level_2 = level(2), level_3 = level(3);
+    // No arrays: these stay in registers.
+    Vec count_0 = zero, count_1 = zero, count_2 = zero, count_3 = zero;
+    Vec square_0 = zero, square_1 = zero, square_2 = zero, square_3 = zero;
+    for (int64_t i = 0; i < n; i += WIDTH) {
+      const Vec code = Vec::loadu(code_ + i), square = Vec::loadu(squared_ + i);
+      count_0 = add_if_equal(count_0, code, level_0, one);
+      square_0 = add_if_equal(square_0, code, level_0, square);
+      count_1 = add_if_equal(count_1, code, level_1, one);
+      square_1 = add_if_equal(square_1, code, level_1, square);
+      count_2 = add_if_equal(count_2, code, level_2, one);
+      square_2 = add_if_equal(square_2, code, level_2, square);
+      count_3 = add_if_equal(count_3, code, level_3, one);
+      square_3 = add_if_equal(square_3, code, level_3, square);
+    }
+    const Vec counts[] = {count_0, count_1, count_2, count_3}, squares[] = {square_0, square_1, square_2, square_3};
+    for (int64_t bin = 0; bin < levels_; ++bin) {
+      count_[bin] += sum_of(counts[bin]);
+      square_[bin] += sum_of(squares[bin]);
+    }
+  }
+
+  void one_by_one(int64_t n) {
     for (int64_t bin = 0; bin < levels_; ++bin) {
       const Vec level(grid_.level(bin)), one(1.0f), zero(0.0f);
       // Two sums of each, since an addition waits for the one before it.
       Vec counts = zero, squares = zero, more_counts = zero, more_squares = zero;
       int64_t i = 0;
       for (; i + WIDTH < n; i += 2 * WIDTH) {
-        const Vec here = Vec::loadu(code + i), there = Vec::loadu(code + i + WIDTH);
-        counts = counts + if_equal(here, level, one, zero);
-        squares = squares + if_equal(here, level, Vec::loadu(square + i), zero);
-        more_counts = more_counts + if_equal(there, level, one, zero);
-        more_squares = more_squares + if_equal(there, level, Vec::loadu(square + i + WIDTH), zero);
+        const Vec here = Vec::loadu(code_ + i), there = Vec::loadu(code_ + i + WIDTH);
+        counts = add_if_equal(counts, here, level, one);
+        squares = add_if_equal(squares, here, level, Vec::loadu(squared_ + i));
+        more_counts = add_if_equal(more_counts, there, level, one);
+        more_squares = add_if_equal(more_squares, there, level, Vec::loadu(squared_ + i + WIDTH));
       }
       if (i < n) {
-        const Vec here = Vec::loadu(code + i);
-        counts = counts + if_equal(here, level, one, zero);
-        squares = squares + if_equal(here, level, Vec::loadu(square + i), zero);
+        const Vec here = Vec::loadu(code_ + i);
+        counts = add_if_equal(counts, here, level, one);
+        squares = add_if_equal(squares, here, level, Vec::loadu(squared_ + i));
       }
       count_[bin] += sum_of(counts + more_counts);
       square_[bin] += sum_of(squares + more_squares);
     }
   }
 
-  void finish() {
-    if (held_) flush();
-  }
-
- private:
-  // Count and sum side by side: one load, one addition and one store for both.
-  using Pair = float __attribute__((vector_size(8)));
-  static constexpr int64_t REPLICAS = 8;  // neighbours that share a bin then need not wait for each other
-  static constexpr int64_t FLUSH = 8192;  // elements
-
-  void add_to_table(const float* code, const float* square, int64_t n) {
+  void into_table(int64_t n) {
     int32_t bin[BLOCK + WIDTH];
     const Vec qn(grid_.level(0));  // these grids have no gaps
-    for (int64_t i = 0; i < n; i += WIDTH) at::vec::convert_to_int_of_same_size(Vec::loadu(code + i) - qn).store(bin + i);
+    for (int64_t i = 0; i < n; i += WIDTH)
+      at::vec::convert_to_int_of_same_size(Vec::loadu(code_ + i) - qn).store(bin + i);
     if (replicas_ == 1) {
-      for (int64_t i = 0; i < n; ++i) at(bin[i]) += Pair{1.0f, square[i]};
+      for (int64_t i = 0; i < n; ++i) place(bin[i]) += Pair{1.0f, squared_[i]};
     } else {
       for (int64_t i = 0; i < n; i += REPLICAS)
-        for (int64_t r = 0; r < REPLICAS; ++r) at(r * (levels_ + 1) + bin[i + r]) += Pair{1.0f, square[i + r]};
+        for (int64_t r = 0; r < REPLICAS; ++r) place(r * (levels_ + 1) + bin[i + r]) += Pair{1.0f, squared_[i + r]};
     }
-    if ((held_ += n) < FLUSH) return;
+    if ((in_table_ += n) < FLUSH) return;
     flush();
     std::fill(table_.begin(), table_.end(), 0.0f);
   }
 
-  C10_ALWAYS_INLINE Pair& at(int64_t place) { return reinterpret_cast<Pair*>(table_.data())[place]; }
+  C10_ALWAYS_INLINE Pair& place(int64_t i) { return reinterpret_cast<Pair*>(table_.data())[i]; }
 
   void flush() {
     const int64_t size = 2 * (levels_ + 1);
@@ -209,15 +272,26 @@ class BinSums {
       count_[bin] += total[2 * bin];
       square_[bin] += total[2 * bin + 1];
     }
-    held_ = 0;
+    in_table_ = 0;
   }
+
+  static_assert(WIDTH % REPLICAS == 0 || REPLICAS % WIDTH == 0);
 
   const Grid grid_;
   const int64_t levels_;
   double *count_, *square_;
-  int64_t replicas_ = 0, held_ = 0;
+  int64_t replicas_ = 0, held_ = 0, in_table_ = 0;
   std::vector<float> table_;
+  float code_[BLOCK + WIDTH], squared_[BLOCK + WIDTH];
 };
+
+// Calls function(make) where make() gives the sums that the grid needs; size, count and square as the classes take them.
+// Made where they are used: what a reference leads to would not stay in registers.
+template <typename Function>
+void with_sums(const Grid& grid, bool wanted, int64_t size, double* count, double* square, const Function& function) {
+  if (!wanted) function([] { return NoSums(); });
+  else function([=] { return BinSums(grid, size, count, square); });
+}
 
 // at::empty and at::empty_like, without their way through the dispatcher.
 inline Tensor empty(at::IntArrayRef sizes, at::ScalarType type) { return Tensor(at::detail::empty_cpu(sizes, type)); }
@@ -252,33 +326,28 @@ class Pulls {
  public:
   // grad_mse, count: (levels) each; nullptr for no pull at all.
   Pulls(const Grid& grid, const float* grad_mse, const int64_t* count)
-      : qn_(grid.level(0)), few_(grid.levels() <= 4), some_(!few_ && grid.levels() <= 16), table_(grid.levels() + 1) {  // the last for what is left out
+      : qn_(grid.level(0)), in_register_(grid.levels() <= WIDTH), table_(std::max(grid.levels() + 1, WIDTH)) {
     for (int64_t bin = 0; grad_mse && bin < grid.levels(); ++bin)
       table_[bin] = 2.0f * grad_mse[bin] / static_cast<float>(std::max<int64_t>(count[bin], 1));
-    for (int64_t bin = 0; few_ && bin < 5; ++bin) {
-      level_[bin] = Vec(grid.level(bin));
-      pull_[bin] = Vec(bin < grid.levels() ? table_[bin] : 0.0f);
-    }
-    if (some_ && WIDTH == 16) pull_[0] = Vec::loadu(table_.data(), std::min(grid.levels(), WIDTH));
+    first_ = Vec::loadu(table_.data());
   }
 
+  // Anything for what is left out: Gradient drops it.
   C10_ALWAYS_INLINE Vec operator()(const Vec& code) const {
-    if (few_)  // in registers
-      return if_at_most(code, level_[1], if_at_most(code, level_[0], pull_[0], pull_[1]),
-                        if_at_most(code, level_[2], pull_[2], if_at_most(code, level_[3], pull_[3], pull_[4])));
     const auto place = at::vec::convert_to_int_of_same_size(code - qn_);
 #if defined(CPU_CAPABILITY_AVX512)
-    // In one register. The seventeenth place, of what is left out, reads the first: Gradient drops what it says.
-    if (some_) return Vec(_mm512_permutexvar_ps(place, pull_[0]));
+    if (in_register_) return Vec(_mm512_permutexvar_ps(place, first_));
+#elif defined(CPU_CAPABILITY_AVX2)
+    if (in_register_) return Vec(_mm256_permutevar8x32_ps(first_, place));
 #endif
     return at::vec::gather<sizeof(float)>(table_.data(), place);
   }
 
  private:
   const Vec qn_;
-  const bool few_, some_;
+  const bool in_register_;
   std::vector<float> table_;
-  Vec level_[5], pull_[5];
+  Vec first_;
 };
 
 // The gradient that leaves one vector of values, from the one that comes from above and from the bins.
@@ -297,7 +366,8 @@ struct Gradient {
     if (bins) {
       const Vec bin = site.drop_clipped ? site.bin_code(u, c) : c;
       Vec pull = pulls(bin) * site.distance(v, u, c) * site.per_unit;
-      Vec along = site.in_steps ? u : c;
+      Vec along = c;
+      if (site.in_steps) along = u;
       if (site.drop_clipped) {  // not 0 times infinity
         pull = if_equal(bin, site.left_out, Vec(0.0f), pull);
         along = if_equal(bin, site.left_out, Vec(0.0f), along);
@@ -362,7 +432,5 @@ inline void check(const Tensor& v, const Tensor& alpha) {
   TORCH_CHECK(alpha.numel() == 1 || per_row, "alpha has ", alpha.numel(),
               " entries: the kernel takes one, or one for each row of v");
 }
-
-constexpr int64_t padded(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
 
 }  // namespace brqat

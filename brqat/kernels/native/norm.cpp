@@ -172,42 +172,32 @@ void quantize(const float* x, const float* shortcut, float* r_out, float* v_hat,
               const Affine& affine, float low, float high, const Site& site, const Grid& grid, bool bins,
               std::vector<double>& sums) {
   const int64_t channels = rows.channels, levels = grid.levels();
-  rows.for_each([&, site_ = site](const Rows::Piece& piece) {
-    // Own copies: a store could change what lies behind a reference, for all the compiler knows.
-    const Site site = site_;
-    const Vec floor(low), ceiling(high);
+  rows.for_each([&](const Rows::Piece& piece) {
     double* part = bins ? &sums[piece.number * 2 * levels] : nullptr;
-    BinSums bin_sums(grid, piece.rows * (piece.end_channel - piece.first_channel), part, part + levels);
-    float bin[BLOCK + WIDTH], squared[BLOCK + WIDTH];
-    int64_t held = 0;
-    const auto pass_on = [&] {
-      std::fill(bin + held, bin + padded(held), static_cast<float>(grid.qp + grid.gap));
-      bin_sums.add(bin, squared, padded(held));
-      held = 0;
-    };
-    for_vectors(piece, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-      const Vec scale = Vec::loadu(&affine.scale[c]), shift = Vec::loadu(&affine.shift[c]);
-      for (int64_t row = piece.first_row; row < piece.first_row + piece.rows; ++row) {
-        const int64_t at = row * channels + c;
-        Vec y = at::vec::fmadd(Vec::loadu(x + at, lanes), scale, shift);
-        if (shortcut) y = y + Vec::loadu(shortcut + at, lanes);
-        const Vec r = at::vec::clamp(y, floor, ceiling);
-        if (shortcut) r.store(r_out + at, lanes);
-        const Vec u = site.divided(r);
-        const Vec code = site.code<false>(u);
-        (code * site.alpha).store(v_hat + at, lanes);
-        if (bins) {
-          const Vec distance = site.distance(r, u, code);
-          (distance * distance).store(squared + held);
-          site.bin_code(u, code).store(bin + held);
-          if ((held += lanes) > BLOCK - WIDTH) pass_on();
+    const int64_t size = piece.rows * (piece.end_channel - piece.first_channel);
+    with_sums(grid, bins, size, part, part + levels, [&, site_ = site](const auto& make_sums) {
+      const Site site = site_;  // a store could change what lies behind a reference, for all the compiler knows
+      auto per_bin = make_sums();
+      const Vec floor(low), ceiling(high);
+      for_vectors(piece, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+        const Vec scale = Vec::loadu(&affine.scale[c]), shift = Vec::loadu(&affine.shift[c]);
+        for (int64_t row = piece.first_row; row < piece.first_row + piece.rows; ++row) {
+          const int64_t at = row * channels + c;
+          Vec y = at::vec::fmadd(Vec::loadu(x + at, lanes), scale, shift);
+          if (shortcut) y = y + Vec::loadu(shortcut + at, lanes);
+          const Vec r = at::vec::clamp(y, floor, ceiling);
+          if (shortcut) r.store(r_out + at, lanes);
+          const Vec u = site.divided(r);
+          const Vec code = site.code<false>(u);
+          (code * site.alpha).store(v_hat + at, lanes);
+          if constexpr (decltype(per_bin)::WANTED) {
+            const Vec distance = site.distance(r, u, code);
+            per_bin.add(site.bin_code(u, code), distance * distance, lanes);
+          }
         }
-      }
+      });
+      per_bin.finish();
     });
-    if (bins) {
-      if (held) pass_on();
-      bin_sums.finish();
-    }
   });
 }
 
