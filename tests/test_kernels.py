@@ -441,6 +441,18 @@ def test_operators_are_declared_as_they_are(native, bins):
         torch.library.opcheck(ops.norm_lsq_eval.default, args, test_utils=tests)
 
 
+def test_follow_is_declared_as_it_is_and_does_as_batchnorm_does(native):
+    x, batch_norm = torch.randn(7, 6, generator=torch.Generator().manual_seed(0)) + 2, nn.BatchNorm1d(6, momentum=0.3)
+    mean, var = x.mean(0), x.var(0, correction=0)
+    args = torch.zeros(6), torch.ones(6), mean, var, 0.3, 7
+    torch.library.opcheck(torch.ops.brqat.follow.default, args, test_utils=("test_schema", "test_faketensor"))
+    running = torch.zeros(6), torch.ones(6)
+    for _ in range(2):
+        batch_norm(x)
+        torch.ops.brqat.follow(*running, mean, var, 0.3, 7)
+    torch.testing.assert_close(running, (batch_norm.running_mean, batch_norm.running_var), rtol=1e-6, atol=1e-6)
+
+
 def fused_by(op, v, alpha):
     """v_hat of a tensor (4, 3, 2, 2) by either operator."""
     if op == "lsq":

@@ -173,8 +173,6 @@ def norm_lsq(
         steps,
         drop,
     )
-    with torch.no_grad():
-        values = x.numel() // x.shape[1]
-        norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_(var * (values / (values - 1)), norm.momentum)  # unbiased, as BatchNorm keeps it
-    return OnePass(v_hat, None, *((count, mse) if bins else (None, None))), None if shortcut is None else r
+    values = x.numel() // x.shape[1]
+    torch.ops.brqat.follow.default(norm.running_mean, norm.running_var, mean, var, norm.momentum, values)
+    return OnePass(v_hat, None, count if bins else None, mse if bins else None), None if shortcut is None else r

@@ -45,6 +45,10 @@ class Regularizer:
         """Penalty of what the site saw last, a scalar; alpha is the site's own or a detached copy."""
         raise NotImplementedError
 
+    def site_terms(self, site: Quantizer, alpha: Tensor) -> Tensor:
+        """What the site's penalty is the sum of, 1-D: where it is a sum, all sites' terms are added up in one go."""
+        return self.site_penalty(site, alpha)[None]
+
     def curvature(self, site: Quantizer) -> float:
         """Largest second derivative of the site's penalty along any of its alphas, at the codes it saw last."""
         raise NotImplementedError
@@ -58,8 +62,8 @@ class Regularizer:
 
     def __call__(self, sites: Iterable[Quantizer], alpha_of: Callable[[Quantizer], Tensor]) -> Penalty:
         """Penalties of the last forward; alpha_of says which alpha, attached or detached, each site shows."""
-        sums: dict[Kind, list[Tensor]] = {"weight": [], "act": []}
+        terms: dict[Kind, list[Tensor]] = {"weight": [], "act": []}
         for site in sites:
             if self.acts_on(site):
-                sums[site.kind].append(self.site_penalty(site, alpha_of(site)))
-        return Penalty(*(torch.stack(sums[kind]).sum() if sums[kind] else None for kind in ("weight", "act")))
+                terms[site.kind].append(self.site_terms(site, alpha_of(site)))
+        return Penalty(*(torch.cat(terms[kind]).sum() if terms[kind] else None for kind in ("weight", "act")))

@@ -56,6 +56,9 @@ class BinReg(Regularizer):
         self.bins = Bins(in_steps=units == "alpha", drop_clipped=clipped == "drop")
 
     def site_penalty(self, site: Quantizer, alpha: Tensor) -> Tensor:
+        return self.site_terms(site, alpha).sum()
+
+    def site_terms(self, site: Quantizer, alpha: Tensor) -> Tensor:
         return self._weigh(self._table(site, alpha), site)
 
     @torch.no_grad()
@@ -67,8 +70,8 @@ class BinReg(Regularizer):
         """
         seen, alpha = site.seen, site.alpha.detach()
         table = self._table(site, alpha)
-        # _weigh is linear in mse: its value for a unit vector is what one whole bin counts for.
-        per_bin = torch.stack([self._weigh(BinTable(table.count, unit), site) for unit in self._units(table)])
+        # _weigh is linear in mse: with 1 everywhere it says what each bin counts for.
+        per_bin = self._weigh(BinTable(table.count, torch.ones_like(table.mse, dtype=torch.float64)), site)
         per_element = per_bin / table.count.clamp(min=1)
         index = bin_index(seen.codes, site.grid)
         share = 2 * seen.codes.double().square() * per_element[index]
@@ -80,19 +83,14 @@ class BinReg(Regularizer):
             h = h / alpha.square()
         return h.max().item()
 
-    @staticmethod
-    def _units(table: BinTable) -> Tensor:
-        """One row per bin, (num_levels, num_levels): a mean squared distance of 1 there and 0 elsewhere."""
-        return torch.eye(table.mse.numel(), dtype=torch.float64, device=table.mse.device)
-
     def _table(self, site: Quantizer, alpha: Tensor) -> BinTable:
         return site.seen.table or site_table(site.seen.v, site.seen.codes, alpha, site.grid, self.bins)
 
     def _weigh(self, table: BinTable, site: Quantizer) -> Tensor:
-        """The site's penalty from its table."""
+        """What each bin adds to the site's penalty, (num_levels,)."""
         if self.normalize == "paper":
-            return table.mse.sum()
-        by_element = (table.count * table.mse).sum()
+            return table.mse
+        by_element = table.count * table.mse
         if self.normalize == "fan_in":
             return by_element / _fan_in(site.seen, site.kind) / _samples(site.seen, site.kind)
         return by_element / _samples(site.seen, site.kind)

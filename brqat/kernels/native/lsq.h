@@ -326,9 +326,11 @@ class Pulls {
  public:
   // grad_mse, count: (levels) each; nullptr for no pull at all.
   Pulls(const Grid& grid, const float* grad_mse, const int64_t* count)
-      : qn_(grid.level(0)), in_register_(grid.levels() <= WIDTH), table_(std::max(grid.levels() + 1, WIDTH)) {
+      : qn_(grid.level(0)),
+        in_register_(grid.qp - grid.qn < WIDTH),
+        table_(std::max(grid.qp + grid.gap - grid.qn + 1, WIDTH)) {  // by code, up to the one that is left out
     for (int64_t bin = 0; grad_mse && bin < grid.levels(); ++bin)
-      table_[bin] = 2.0f * grad_mse[bin] / static_cast<float>(std::max<int64_t>(count[bin], 1));
+      table_[bin * grid.gap] = 2.0f * grad_mse[bin] / static_cast<float>(std::max<int64_t>(count[bin], 1));
     first_ = Vec::loadu(table_.data());
   }
 

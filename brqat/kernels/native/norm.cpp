@@ -363,6 +363,24 @@ const auto& backward_op() {
   return op;
 }
 
+// Lets BatchNorm's running statistics, (C,) float32, follow those of a batch of so many values per channel, as BatchNorm
+// does: the variance that it keeps is the unbiased one.
+void follow(Tensor running_mean, Tensor running_var, const Tensor& mean, const Tensor& var, double momentum,
+            int64_t values) {
+  for (const Tensor& t : {running_mean, running_var, mean, var})
+    TORCH_CHECK(t.scalar_type() == at::kFloat && t.is_contiguous() && t.numel() == mean.numel(),
+                "statistics are float32 and of one size");
+  const float share = static_cast<float>(momentum), unbiased = static_cast<float>(values) / (values - 1);
+  const float *new_mean = mean.const_data_ptr<float>(), *new_var = var.const_data_ptr<float>();
+  float *old_mean = running_mean.mutable_data_ptr<float>(), *old_var = running_var.mutable_data_ptr<float>();
+  for (int64_t c = 0; c < mean.numel(); ++c) {
+    old_mean[c] += share * (new_mean[c] - old_mean[c]);
+    old_var[c] += share * (new_var[c] * unbiased - old_var[c]);
+  }
+}
+
+void follow_meta(Tensor, Tensor, const Tensor&, const Tensor&, double, int64_t) {}
+
 struct NormLsqBackward : torch::autograd::Node {
   SavedVariable x, r, weight, bias, mean, var, alpha, count;
   double eps, low, high, scale;
@@ -453,6 +471,9 @@ TORCH_LIBRARY_FRAGMENT(brqat, m) {
   m.def(
       "norm_lsq_eval(Tensor x, Tensor? shortcut, Tensor weight, Tensor bias, Tensor mean, Tensor var, float eps, float "
       "low, float high, Tensor alpha, int qn, int qp) -> (Tensor, Tensor)");
+  m.def(
+      "follow(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum, int values) -> "
+      "()");
 }
 
 TORCH_LIBRARY_IMPL(brqat, CPU, m) {
@@ -460,6 +481,7 @@ TORCH_LIBRARY_IMPL(brqat, CPU, m) {
   m.impl("norm_lsq_forward", forward_cpu);
   m.impl("norm_lsq_backward", backward_cpu);
   m.impl("norm_lsq_eval", eval_cpu);
+  m.impl("follow", follow);
 }
 
 TORCH_LIBRARY_IMPL(brqat, Meta, m) {
@@ -467,6 +489,7 @@ TORCH_LIBRARY_IMPL(brqat, Meta, m) {
   m.impl("norm_lsq_forward", forward_meta);
   m.impl("norm_lsq_backward", backward_meta);
   m.impl("norm_lsq_eval", eval_meta);
+  m.impl("follow", follow_meta);
 }
 
 TORCH_LIBRARY_IMPL(brqat, Autograd, m) { m.impl("norm_lsq", with_grad); }
