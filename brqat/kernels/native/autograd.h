@@ -32,12 +32,12 @@ auto node_for(const Inputs&... inputs) {
   return node;
 }
 
-inline void check_modes(const at::Tensor& v) {
+inline void refuse_forward_mode(const at::Tensor& v) {
   TORCH_CHECK(!torch::autograd::isFwGradDefined(v),
               "the kernels have no forward-mode derivative: write kernels=torch");
 }
 
-inline void check_first_derivative() {
+inline void refuse_second_derivative() {
   TORCH_CHECK(!at::GradMode::is_enabled(),
               "the kernels have no second derivative: create_graph=True goes with kernels=torch up to LSQ, and no "
               "further");

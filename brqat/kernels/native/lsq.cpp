@@ -233,7 +233,7 @@ struct LsqBackward : torch::autograd::Node {
   }
 
   variable_list apply(variable_list&& grads) override {
-    check_first_derivative();
+    refuse_second_derivative();
     const std::lock_guard lock(mutex_);
     const Tensor mse = grads.size() > 1 ? grads[1] : Tensor();
     if (!grads[0].defined() && !mse.defined()) return variable_list(3);
@@ -250,7 +250,7 @@ struct LsqBackward : torch::autograd::Node {
 // alpha_br is alpha, or a copy without gradient: who may move alpha is decided outside.
 Forward lsq_autograd(const Tensor& v, const Tensor& alpha, const Tensor& alpha_br, int64_t qn, int64_t qp, bool sign,
                      double scale, bool codes, bool bins, bool in_steps, bool drop_clipped) {
-  check_modes(v);
+  refuse_forward_mode(v);
   auto results = [&] {
     at::AutoDispatchBelowADInplaceOrView below;
     return forward_op().call(v, alpha, qn, qp, sign, codes, bins, in_steps, drop_clipped);

@@ -396,7 +396,7 @@ struct NormLsqBackward : torch::autograd::Node {
 
   // grads: of v_hat, and where there are such results of r and of mse.
   variable_list apply(variable_list&& grads) override {
-    check_first_derivative();
+    refuse_second_derivative();
     const std::lock_guard lock(mutex_);
     const Tensor of_r = joined ? grads[1] : Tensor();
     const Tensor of_mse = grads.size() > 1 + joined ? grads[1 + joined] : Tensor();
@@ -414,7 +414,7 @@ struct NormLsqBackward : torch::autograd::Node {
 Forward with_grad(const Tensor& x, const Optional& shortcut, const Tensor& weight, const Tensor& bias, double eps,
                   double low, double high, const Tensor& alpha, const Tensor& alpha_br, int64_t qn, int64_t qp,
                   double scale, bool bins, bool in_steps, bool drop_clipped) {
-  check_modes(x);
+  refuse_forward_mode(x);
   auto results = [&] {
     at::AutoDispatchBelowADInplaceOrView below;
     return forward_op().call(x, shortcut, weight, bias, eps, low, high, alpha, qn, qp, bins, in_steps, drop_clipped);
