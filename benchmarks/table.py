@@ -1,6 +1,6 @@
 """Runs the benchmarks and writes docs/performance.md, with their figures beside it in docs/performance.json.
 
-    python benchmarks/table.py                        # all of it; two hours on two cores with nothing else on them
+    python benchmarks/table.py                        # all of it; most of an hour on two idle cores
     python benchmarks/table.py --parts step op        # these anew, the others as docs/performance.json has them
     python benchmarks/table.py --quick --out FOLDER   # the smallest sizes: a trial of this program
 
@@ -23,13 +23,17 @@ MODELS = ("resnet20", "resnet18", "mobilenet_v2")
 
 # part -> the commands of its figures, whole and quick; each prints one JSON object with --json
 COMMANDS = {
-    "step": [f"step.py --model {model} --threads {threads}" for model in MODELS for threads in (1, 2)]
-    + [f"step.py --model resnet20 --threads {threads} --no-peers --compile" for threads in (1, 2)],
+    "step": [
+        f"step.py --model {model} --threads {threads} --rounds 11 --steps 1" for model in MODELS for threads in (1, 2)
+    ]
+    + ["step.py --model resnet20 --threads 2 --no-peers --compile --rounds 11 --steps 1"],
     "op": ["op.py"],
     "feed": ["feed.py --threads 1", "feed.py --threads 2"],
-    "startup": ["startup.py --repeats 5"],
-    "memory": [f"memory.py --model {model}" for model in MODELS],
-    "allocators": ["memory.py --allocators --threads 1", "memory.py --allocators --threads 2"],
+    "startup": ["startup.py --repeats 4"],
+    "memory": [f"memory.py --model {model} --repeats 2" for model in MODELS],
+    "allocators": [
+        "memory.py --allocators --threads 1 --repeats 2 --only 'mallopt: no mmap, no trim' jemalloc tcmalloc"
+    ],
 }
 QUICK = {
     "step": ["step.py --model resnet20 --threads 1 --no-peers --rounds 2 --steps 1 --batch 8"],
@@ -46,7 +50,9 @@ INTRO = """\
 Written by `python benchmarks/table.py`, not by hand; the figures are in [performance.json](performance.json). Each
 table stands below the command that prints it, and above the machine and the versions it was measured with. A figure is
 a median, and in brackets is how far it varied. Ratios are of figures taken one right after the other in the same round,
-so what else the machine did falls out of them; milliseconds are of this machine only.
+so what else the machine did falls out of them; milliseconds are of this machine only. Rows of Brevitas and torchao are
+there where these are installed. Where an operation takes fresh memory from the system each time (10 million elements),
+the system's part varies more than ours, and a ratio below 1 says no more than that.
 """
 
 TEXT = {
@@ -115,7 +121,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def measured(command: str) -> dict:
-    """The command, when it began, what it printed, and what it left out."""
+    """The command, when it began and of which commit, what it printed, and what it left out."""
     print(f"{datetime.now(UTC):%H:%M} python benchmarks/{command}", file=sys.stderr, flush=True)
     began = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     program, *words = shlex.split(command)
@@ -127,7 +133,14 @@ def measured(command: str) -> dict:
     if done.returncode:
         raise SystemExit(f"python benchmarks/{command} failed:\n{done.stderr[-4000:]}")
     left_out = [text for text in done.stderr.splitlines() if " is left out: " in text]
-    return {"command": command, "began": began, "found": json.loads(done.stdout), "left_out": left_out}
+    found = json.loads(done.stdout)
+    return {"command": command, "began": began, "commit": commit(), "found": found, "left_out": left_out}
+
+
+def commit() -> str:
+    """Of the code that was measured."""
+    words = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def page(found: dict[str, list[dict]]) -> str:
@@ -140,6 +153,7 @@ def page(found: dict[str, list[dict]]) -> str:
             table = printed(part)(one["found"]).strip()
             parts.append(f"    python benchmarks/{one['command']}\n\n{table}\n")
             parts += [f"{text}\n" for text in one["left_out"]]
+            parts.append(f"Begun {one['began']}, at commit {one['commit']}.\n")
     return "\n".join(parts)
 
 
