@@ -52,6 +52,26 @@ class Before(NamedTuple):
         return kernels.Norm(norm.weight, norm.bias, *running, momentum, norm.training, norm.eps, self.low, self.high)
 
 
+class _Kept(NamedTuple):
+    """What a convolution gets back in backward. Under hooks torch checks no versions: this does it."""
+
+    make: Callable[[], Tensor]
+    of: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+
+    @classmethod
+    def now(cls, make: Callable[[], Tensor], *of: Tensor) -> "_Kept":
+        return cls(make, of, tuple(t._version for t in of))
+
+    def value(self) -> Tensor:
+        if tuple(t._version for t in self.of) != self.versions:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: the "
+                "input, weight or step size of a quantized convolution, between its forward and its backward"
+            )
+        return self.make()
+
+
 class QuantConv2d(nn.Conv2d):
     """nn.Conv2d whose input and weight pass a quantizer (nn.Identity where they stay float)."""
 
@@ -72,11 +92,14 @@ class QuantConv2d(nn.Conv2d):
         """Keeps nothing of v_hat for backward: there r, which the site itself keeps, is quantized once more."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return nullcontext()
-        site, r, place = self.input_quantizer, r.detach(), v_hat.data_ptr()
-        again = partial(kernels.lsq_again, r, site.alpha.detach(), site.grid)
-        return torch.autograd.graph.saved_tensors_hooks(
-            lambda t: again if t.data_ptr() == place else t, lambda kept: kept() if kept is again else kept
-        )
+        site, place, r = self.input_quantizer, v_hat.data_ptr(), r.detach()
+        alpha = site.alpha.detach()
+        quantize_again = partial(kernels.lsq_again, r, alpha, site.grid)
+
+        def pack(t: Tensor) -> _Kept:
+            return _Kept.now(quantize_again, r, alpha) if t.data_ptr() == place else _Kept.now(lambda: t, t)
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, _Kept.value)
 
     def _quantized(self, x: Tensor) -> Tensor:
         if self.before is None or self.before.joins:

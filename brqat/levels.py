@@ -11,6 +11,7 @@ alpha_path        mean over alphas of the sum of |change of ln alpha| between ev
 alpha_grad_ce/br  norm of what cross-entropy and the regularizer send to alpha
 """
 
+import logging
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -23,10 +24,12 @@ from brqat.metrics import histogram_edges, level_metrics, site_sums
 from brqat.quantizer.base import Quantizer
 from brqat.regularizer.base import Regularizer
 
+log = logging.getLogger(__name__)
+
 STEP_FIGURES = ("flip_rate_step", "oscillation", "oscillation_share")  # of weights, followed at every step
 OSCILLATION_MOMENTUM = 0.01
 OSCILLATING_ABOVE = 0.005
-FADED_AT_MOST = 1e-6
+LEAST_FADED = 1e-6  # from here on frequencies are brought up to date: float32 has room for its inverse, not for 0
 FLIP_PICTURES = 64
 DEAD_AFTER = 5
 
@@ -36,7 +39,7 @@ class Oscillation:
 
     def __init__(self, sites: Mapping[str, Quantizer]):
         self.sites = {name: site for name, site in sites.items() if site.kind == "weight"}
-        self.last: Tensor | None = None  # codes of the step before
+        self.last: Tensor | None = None  # codes of the step before, each site's in the order of its memory
         self.direction: Tensor | None = None  # sign of the last change, 0 before the first
         self.frequency: Tensor | None = None  # over faded
         self.faded = 1.0  # what a frequency of 1 would have become since `frequency` was last brought up to date
@@ -73,10 +76,10 @@ class Oscillation:
             # Opposite signs multiply to -1; no earlier change multiplies to 0.
             self.frequency.add_((change * self.direction) < 0, alpha=share)
             changed = change != 0
-            self.flips += torch.stack(torch._foreach_norm(changed.float().split(self.sizes), 1)).long()
+            self.flips += torch.stack([part.sum() for part in changed.split(self.sizes)])
             self.direction = torch.where(changed, change, self.direction)
             self.last = now
-        if self.faded < FADED_AT_MOST:
+        if self.faded < LEAST_FADED:
             self._bring_up_to_date()
 
     def _bring_up_to_date(self) -> None:
@@ -107,6 +110,9 @@ class Oscillation:
         return {key: getattr(self, key) for key in keys}
 
     def load_state_dict(self, state: dict) -> None:
+        if state["last"] is not None and state["last"].dtype != torch.int8:
+            log.warning("the checkpoint is of an earlier brqat: changes and oscillation of weights are counted anew")
+            return
         for key, value in state.items():
             setattr(self, key, value)
         self.faded = 1.0

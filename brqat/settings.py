@@ -83,11 +83,12 @@ class Settings:
 
     def __post_init__(self):
         for key, low in LEAST.items():
-            value = getattr(self, key)
-            if key in ("pretrain_epochs", "threads", "eval_batch_size") and value is None:
+            value, may_be_null = getattr(self, key), key in ("pretrain_epochs", "threads", "eval_batch_size")
+            if value is None and may_be_null:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{key}={value!r} cannot be: write a whole number, {low} or more.")
+                null = ", or null" if may_be_null else ""
+                raise ValueError(f"{key}={value!r} cannot be: write a whole number, {low} or more{null}.")
         if self.seed >= 2**31:
             raise ValueError(f"seed={self.seed} cannot be: write a whole number below 2**31.")
         if self.precision not in ("fp32", "bf16"):
@@ -102,7 +103,7 @@ class Settings:
                 raise ValueError(f"{key}={getattr(self, key)!r} is no text: see conf/train.yaml for what it takes.")
         for key in ("resume", "compile"):
             if not isinstance(getattr(self, key), bool):
-                raise ValueError(f"{key}={getattr(self, key)!r} is neither true nor false.")
+                raise ValueError(f"{key}={getattr(self, key)!r} is neither true nor false: write one of them.")
         if self.kernels not in KERNELS:
             raise ValueError(f"kernels={self.kernels!r} is not known. Write one of {', '.join(KERNELS)}.")
 

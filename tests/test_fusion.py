@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import TinyNet, lsq_scheme
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 from brqat import kernels
 from brqat.alpha_policy import AlphaPolicy
@@ -331,6 +333,54 @@ def test_a_forward_that_broke_off_leaves_nothing_to_the_next(native):
     with torch.no_grad():
         assert torch.equal(fused(images.flip(0)), plain(images.flip(0)))
     assert fused.conv2.ready is None
+
+
+class TestTheConvolutionBehindASum:
+    """It keeps r for its backward, and not what r was quantized to."""
+
+    def test_what_was_quantized_is_let_go_after_the_forward(self, native):
+        _, fused, images = block_twins(independent, 1)
+        stored = []
+        fused.join.register_forward_hook(
+            lambda *_: stored.append(StorageWeakRef(fused.conv2.ready[1].untyped_storage()))
+        )
+        out = fused(images)
+        assert out.requires_grad and len(stored) == 1 and stored[0].expired()
+
+    @pytest.mark.parametrize("what", ["alpha", "r"])
+    def test_what_it_keeps_may_not_change_in_place(self, native, what):
+        _, fused, images = block_twins(independent, 1)
+        r = []
+        fused.join.register_forward_hook(lambda _, args, out: r.append(out))
+        loss = fused(images).square().sum()
+        with torch.no_grad():
+            (fused.conv2.input_quantizer.alpha if what == "alpha" else r[0]).mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(loss, fused.conv2.weight)
+
+    def test_neither_may_the_quantized_weight(self, native):
+        _, fused, images = block_twins(independent, 1)
+        weights = []
+        fused.conv2.weight_quantizer.register_forward_hook(lambda _, args, out: weights.append(out))
+        loss = fused(images).square().sum()
+        weights[0].detach().mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(loss, fused.conv1.weight)
+
+    def test_a_block_that_ends_in_the_sum_can_be_checkpointed(self, native):
+        _, fused, images = block_twins(independent, 1)
+
+        def block(x):
+            y = fused.norm(fused.conv1(x))
+            return fused.join(y, independent(y))
+
+        found = []
+        for call in (lambda x: block(x), lambda x: checkpoint(block, x, use_reentrant=False)):
+            loss = fused.conv2(call(images)).square().sum()
+            found.append(torch.autograd.grad(loss, [p for p in fused.parameters() if p is not None], allow_unused=True))
+        assert sum(g is not None for g in found[0]) >= 6
+        for one, other in zip(*found, strict=True):
+            assert (one is None and other is None) or torch.equal(one, other)
 
 
 def test_a_clipped_relu_is_taken_in(native):

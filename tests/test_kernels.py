@@ -27,6 +27,7 @@ import torch
 from lsq_cases import GRIDS, ROUNDING, SCALE, cases, check, check_expanded_gradient, check_nan, check_repeats
 from torch import nn
 from torch.utils import cpp_extension
+from torch.utils.checkpoint import checkpoint
 
 from brqat import kernels
 from brqat.bins import BinTable, bin_index, site_table
@@ -441,16 +442,28 @@ def test_operators_are_declared_as_they_are(native, bins):
         torch.library.opcheck(ops.norm_lsq_eval.default, args, test_utils=tests)
 
 
-def test_follow_is_declared_as_it_is_and_does_as_batchnorm_does(native):
+def test_update_statistics_is_declared_as_it_is_and_does_as_batchnorm_does(native):
     x, batch_norm = torch.randn(7, 6, generator=torch.Generator().manual_seed(0)) + 2, nn.BatchNorm1d(6, momentum=0.3)
     mean, var = x.mean(0), x.var(0, correction=0)
     args = torch.zeros(6), torch.ones(6), mean, var, 0.3, 7
-    torch.library.opcheck(torch.ops.brqat.follow.default, args, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.brqat.update_statistics.default, args, test_utils=("test_schema", "test_faketensor")
+    )
     running = torch.zeros(6), torch.ones(6)
     for _ in range(2):
         batch_norm(x)
-        torch.ops.brqat.follow(*running, mean, var, 0.3, 7)
+        torch.ops.brqat.update_statistics(*running, mean, var, 0.3, 7)
     torch.testing.assert_close(running, (batch_norm.running_mean, batch_norm.running_var), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0])
+def test_statistics_follow_small_ones_exactly(native, momentum):
+    mean, var = torch.tensor([1e-9, -3e-5]), torch.tensor([1e-12, 1e-6])
+    running = torch.zeros(2), torch.ones(2)
+    torch.ops.brqat.update_statistics(*running, mean, var, momentum, 2)
+    torch.testing.assert_close(running[0], momentum * mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(running[1], momentum * 2 * var + (1 - momentum), rtol=1e-6, atol=0)
+    assert [t._version for t in running] == [1, 1]
 
 
 def fused_by(op, v, alpha):
@@ -490,6 +503,18 @@ class TestNodesAreAsTorchsOwn:
         with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.shape) or t, lambda t: t):
             fused_by(op, *v_and_alpha).sum().backward()
         assert v_and_alpha[0].shape in seen
+
+    def test_hooks_may_lay_out_anew_what_is_saved(self, native, op, v_and_alpha):
+        want = torch.autograd.grad(fused_by(op, *v_and_alpha).square().sum(), v_and_alpha)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t):
+            got = torch.autograd.grad(fused_by(op, *v_and_alpha).square().sum(), v_and_alpha)
+        torch.testing.assert_close(got, want)
+
+    def test_it_can_be_checkpointed(self, native, op, v_and_alpha):
+        v, alpha = v_and_alpha
+        want = torch.autograd.grad(fused_by(op, v, alpha).square().sum(), v_and_alpha)
+        block = checkpoint(partial(fused_by, op), v, alpha, use_reentrant=False)
+        assert all(map(torch.equal, torch.autograd.grad(block.square().sum(), v_and_alpha), want))
 
     def test_a_frozen_alpha_gets_nothing(self, native, op, v_and_alpha):
         v, alpha = v_and_alpha
@@ -585,6 +610,15 @@ def test_a_killed_build_does_not_stop_the_next(native, tmp_path):
     assert not list(tmp_path.glob("*.so"))
     assert building(tmp_path).wait() == 0
     assert len(list(tmp_path.glob("*.so"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instructions", ["default", "avx2"])
+def test_other_instruction_sets_give_the_same(native, tmp_path, instructions):
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "ATEN_CPU_CAPABILITY": instructions}
+    command = [sys.executable, __file__, str(builder.SOURCES), str(tmp_path)]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-4000:]
 
 
 @pytest.mark.slow

@@ -314,6 +314,44 @@ def test_oscillation_equals_a_simulation_of_single_weights(each_kernels):
         assert share.item() == pytest.approx(np.mean([f > 0.005 for f in expected]))
 
 
+def test_oscillation_of_a_long_stretch_without_a_report(each_kernels):
+    """Frequencies are kept as what they will have faded to; float32 holds that for some thousand steps only."""
+    site = SimpleNamespace(kind="weight", seen=None)
+    oscillation, history = Oscillation({"a": site}), []
+    for step in range(12_000):
+        history.append(step % 2 if step < 11_900 else 0)
+        codes = torch.tensor([history[-1], 0], dtype=torch.int8)
+        site.seen = Seen(codes.shape, None, codes)
+        oscillation.step()
+    _, mean, share = oscillation.report()["a"]
+    assert mean.item() == pytest.approx(nagel([history])[0] / 2, rel=1e-4) and share.item() == 0.5
+
+
+def test_oscillation_of_weights_in_channels_last_is_the_same_with_both_kernels(native):
+    """A run may be resumed with the others."""
+    states = []
+    for kernel in ("torch", "native"):
+        kernels.choose(kernel, torch.device("cpu"))
+        draw = torch.Generator().manual_seed(0)
+        site = SimpleNamespace(kind="weight", seen=None)
+        oscillation = Oscillation({"a": site})
+        for _ in range(20):
+            codes = torch.randint(-2, 2, (4, 3, 3, 3), generator=draw).to(torch.int8)
+            site.seen = Seen(codes.shape, None, codes.contiguous(memory_format=torch.channels_last))
+            oscillation.step()
+        states.append(oscillation.state_dict())
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]) if isinstance(value, torch.Tensor) else value == states[1][key], key
+
+
+def test_a_checkpoint_of_the_first_oscillation_is_counted_anew(caplog):
+    oscillation = Oscillation({"a": SimpleNamespace(kind="weight", seen=None)})
+    old = {"last": torch.zeros(4, dtype=torch.int16), "direction": torch.zeros(4, dtype=torch.int8), "steps": 3}
+    old |= {"frequency": torch.zeros(4), "flips": torch.zeros(4, dtype=torch.int32), "sizes": [4]}
+    oscillation.load_state_dict(old)
+    assert oscillation.last is None and "anew" in caplog.text and oscillation.report() == {}
+
+
 BATCHES = [torch.randn(80, 1, 6, 6, generator=torch.Generator().manual_seed(s)) for s in (1, 2)]
 
 

@@ -174,5 +174,5 @@ def norm_lsq(
         drop,
     )
     values = x.numel() // x.shape[1]
-    torch.ops.brqat.follow.default(norm.running_mean, norm.running_var, mean, var, norm.momentum, values)
+    torch.ops.brqat.update_statistics.default(norm.running_mean, norm.running_var, mean, var, norm.momentum, values)
     return OnePass(v_hat, None, count if bins else None, mse if bins else None), None if shortcut is None else r

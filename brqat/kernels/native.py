@@ -64,19 +64,27 @@ def built(folder: Path) -> Path:
 
 
 def _build(flags: list[str], library: Path) -> None:
+    messages = logging.getLogger("torch.utils.cpp_extension")
+    level = messages.level
+    messages.setLevel(logging.ERROR)  # it warns of CUDA, which nothing here needs, already when it is imported
+    try:
+        _compile(flags, library)
+    finally:
+        messages.setLevel(level)
+
+
+def _compile(flags: list[str], library: Path) -> None:
     """Under another name, then renamed: a killed build leaves no half of a library, and no lock that stays."""
     import ninja  # here and the next: to build only
     from torch.utils import cpp_extension
 
-    if shutil.which(cpp_extension.get_cxx_compiler()) is None:
-        raise RuntimeError(f"there is no C++ compiler here ({cpp_extension.get_cxx_compiler()})")
+    compiler = cpp_extension.get_cxx_compiler()
+    if shutil.which(compiler) is None:
+        raise RuntimeError(f"there is no C++ compiler here ({compiler}; install one, or name it in CXX)")
     log.info("building the C++ kernels, once for this machine: about half a minute")
     work = library.with_suffix(f".{os.getpid()}")
     shutil.rmtree(work, ignore_errors=True)  # of a process killed meanwhile: a container gives the same number again
     work.mkdir()
-    messages = logging.getLogger(cpp_extension.__name__)
-    level = messages.level
-    messages.setLevel(logging.ERROR)  # it warns of CUDA, which nothing here needs
     try:
         with _found_on_path(ninja.BIN_DIR):
             cpp_extension.load(
@@ -92,7 +100,6 @@ def _build(flags: list[str], library: Path) -> None:
         faults = [line for line in str(error).splitlines() if "error:" in line]
         raise RuntimeError((faults or [f"the C++ kernels could not be built: {error}"])[0]) from error
     finally:
-        messages.setLevel(level)
         shutil.rmtree(work)
 
 

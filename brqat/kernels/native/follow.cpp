@@ -26,13 +26,15 @@ Tensor as_it_lies(const Tensor& t) {
 // codes: of each site, int8; last, direction and frequency flat over all sites, int8, int8 and float32; flips: of each
 // site, int64. share: what a change back adds to the frequency.
 void oscillation(at::TensorList codes, Tensor last, Tensor direction, Tensor frequency, Tensor flips, double share_) {
+  TORCH_CHECK(flips.numel() == static_cast<int64_t>(codes.size()), "one count of flips per site");
   const float share = static_cast<float>(share_);
   int64_t start = 0;
   for (size_t site = 0; site < codes.size(); ++site) {
     TORCH_CHECK(codes[site].scalar_type() == at::kChar, "codes are int8");
     const Tensor flat = as_it_lies(codes[site]);
     const int64_t size = flat.numel(), pieces = (size + PIECE - 1) / PIECE;
-    TORCH_CHECK(start + size <= last.numel(), "more codes than were followed so far");
+    for (const Tensor& followed : {last, direction, frequency})
+      TORCH_CHECK(start + size <= followed.numel(), "more codes than were followed so far");
     const int8_t* now = flat.const_data_ptr<int8_t>();
     int8_t* before = last.mutable_data_ptr<int8_t>() + start;
     int8_t* way = direction.mutable_data_ptr<int8_t>() + start;
@@ -73,6 +75,7 @@ void guard(at::TensorList alphas, at::TensorList floors, Tensor clamped) {
       *count += alpha[i] < least;
       alpha[i] = alpha[i] < least ? least : alpha[i];  // NaN stays NaN
     }
+    alphas[site].unsafeGetTensorImpl()->bump_version();
   }
 }
 

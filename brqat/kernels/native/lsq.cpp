@@ -237,10 +237,11 @@ struct LsqBackward : torch::autograd::Node {
     const std::lock_guard lock(mutex_);
     const Tensor mse = grads.size() > 1 ? grads[1] : Tensor();
     if (!grads[0].defined() && !mse.defined()) return variable_list(3);
+    // Before the guard: a hook that unpacks may run a forward of its own, which wants autograd.
+    const Tensor v_ = v.unpack(), alpha_ = alpha.unpack(), count_ = count.unpack();
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [to_v, to_alpha, to_bins] =
-        backward_op().call(if_defined(grads[0]), if_defined(mse), v.unpack(), alpha.unpack(), count.unpack(), qn, qp,
-                           sign, scale, in_steps, drop_clipped, one_alpha);
+    auto [to_v, to_alpha, to_bins] = backward_op().call(if_defined(grads[0]), if_defined(mse), v_, alpha_, count_, qn,
+                                                        qp, sign, scale, in_steps, drop_clipped, one_alpha);
     if (one_alpha || !mse.defined()) to_bins = Tensor();
     if (!one_alpha && !grads[0].defined()) to_alpha = Tensor();
     return {to_v, to_alpha, to_bins};

@@ -1,8 +1,8 @@
 // What one element goes through, and how a tensor is cut into pieces: shared by lsq.cpp and norm.cpp.
 //
-// Vectors are ATen's (at::vec): one source for every instruction set. Sums run in float over a block (behind a BatchNorm
-// over the rows of a piece) and in double beyond it, and pieces are added up in the order of memory whatever thread made
-// them: the number of threads changes no bit.
+// Vectors are ATen's (at::vec): one source for every instruction set. Sums run in float over a block (behind a
+// BatchNorm over the rows of a piece) and in double beyond it, and pieces are added up in the order of memory whatever
+// thread made them: the number of threads changes no bit.
 #pragma once
 
 #include <algorithm>
@@ -47,8 +47,8 @@ struct Bins {
   bool wanted, in_steps, drop_clipped;
 };
 
-// Lane by lane: a < b ? yes : no, and its kin; false for NaN. Where the compiler has the vector as a type of its own, as
-// GCC and Clang do on x86, the comparison stays in a mask register: half the instructions of at::vec's masks.
+// Lane by lane: a < b ? yes : no, and its kin; false for NaN. Where the compiler has the vector as a type of its own,
+// as GCC and Clang do on x86, the comparison stays in a mask register: half the instructions of at::vec's masks.
 #if defined(CPU_CAPABILITY_AVX512)
 using Native = __m512;
 #elif defined(CPU_CAPABILITY_AVX2)
@@ -183,7 +183,7 @@ class BinSums {
   // Count and sum side by side: one load, one addition and one store for both.
   using Pair = float __attribute__((vector_size(8)));
   static constexpr int64_t AT_ONCE = 4, ONE_BY_ONE = 8;  // levels
-  static constexpr int64_t REPLICAS = 8;    // neighbours that share a bin then need not wait for each other
+  static constexpr int64_t REPLICAS = std::min<int64_t>(8, WIDTH);  // neighbours that share a bin need not wait then
   static constexpr int64_t FLUSH = 8192;    // elements
 
   void pass_on() {
@@ -275,7 +275,7 @@ class BinSums {
     in_table_ = 0;
   }
 
-  static_assert(WIDTH % REPLICAS == 0 || REPLICAS % WIDTH == 0);
+  static_assert(WIDTH % REPLICAS == 0);
 
   const Grid grid_;
   const int64_t levels_;
@@ -285,8 +285,8 @@ class BinSums {
   float code_[BLOCK + WIDTH], squared_[BLOCK + WIDTH];
 };
 
-// Calls function(make) where make() gives the sums that the grid needs; size, count and square as the classes take them.
-// Made where they are used: what a reference leads to would not stay in registers.
+// Calls function(make) where make() gives the sums that the grid needs; size, count and square as the classes take
+// them. Made where they are used: what a reference leads to would not stay in registers.
 template <typename Function>
 void with_sums(const Grid& grid, bool wanted, int64_t size, double* count, double* square, const Function& function) {
   if (!wanted) function([] { return NoSums(); });

@@ -1,6 +1,7 @@
 // BatchNorm, an activation and LSQ with its per-bin table, as one: what lies between is never written to memory.
 //
-//   y = (x - mean) / sqrt(var + eps) * weight + bias (+ shortcut),  r = clamp(y, low, high),  v_hat, count, mse = lsq(r)
+//   y = (x - mean) / sqrt(var + eps) * weight + bias (+ shortcut)
+//   r = clamp(y, low, high),   v_hat, count, mse = lsq(r)
 //
 // In training mean and var are the batch's. Backward reads x, which BatchNorm keeps anyway, and computes y and r anew.
 // With a shortcut r is an output too, since others read it, and is read instead:
@@ -33,8 +34,9 @@ Tensor as_rows(const Tensor& t) { return t.contiguous(at::MemoryFormat::Channels
 
 constexpr int64_t FIRST_ROWS = 16;  // whose mean is near enough to that of all
 
-// A tensor's rows of channels, cut into pieces of about PIECE elements: some rows, and of them at most GROUP channels, or
-// a piece of a network's last layers would be a few rows of a thousand channels, each of which wants sums of its own.
+// A tensor's rows of channels, cut into pieces of about PIECE elements: some rows, and of them at most GROUP channels,
+// or a piece of a network's last layers would be a few rows of a thousand channels, each of which wants sums of its
+// own.
 struct Rows {
   static constexpr int64_t GROUP = 64;
   int64_t count, channels, groups, per_piece, stacks, pieces;
@@ -175,7 +177,7 @@ void quantize(const float* x, const float* shortcut, float* r_out, float* v_hat,
   rows.for_each([&](const Rows::Piece& piece) {
     double* part = bins ? &sums[piece.number * 2 * levels] : nullptr;
     const int64_t size = piece.rows * (piece.end_channel - piece.first_channel);
-    with_sums(grid, bins, size, part, part + levels, [&, site_ = site](const auto& make_sums) {
+    with_sums(grid, bins, size, part, bins ? part + levels : nullptr, [&, site_ = site](const auto& make_sums) {
       const Site site = site_;  // a store could change what lies behind a reference, for all the compiler knows
       auto per_bin = make_sums();
       const Vec floor(low), ceiling(high);
@@ -217,13 +219,15 @@ std::tuple<Tensor, Tensor> eval_cpu(const Tensor& x, const Optional& shortcut_, 
   return {v_hat, r};
 }
 
-std::tuple<Tensor, Tensor> eval_meta(const Tensor& x, const Optional& shortcut, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double, double,
-                 const Tensor&, int64_t, int64_t) {
+std::tuple<Tensor, Tensor> eval_meta(const Tensor& x, const Optional& shortcut, const Tensor&, const Tensor&,
+                                     const Tensor&, const Tensor&, double, double, double, const Tensor&, int64_t,
+                                     int64_t) {
   return {at::empty_like(x), shortcut ? at::empty_like(x) : at::empty({0}, x.options())};
 }
 
-Forward forward_cpu(const Tensor& x, const Optional& shortcut_, const Tensor& weight, const Tensor& bias, double eps, double low, double high,
-                    const Tensor& alpha, int64_t qn, int64_t qp, bool bins, bool in_steps, bool drop_clipped) {
+Forward forward_cpu(const Tensor& x, const Optional& shortcut_, const Tensor& weight, const Tensor& bias, double eps,
+                    double low, double high, const Tensor& alpha, int64_t qn, int64_t qp, bool bins, bool in_steps,
+                    bool drop_clipped) {
   check(x, shortcut_, weight, bias, alpha);
   const Rows rows(x);
   const Grid grid(qn, qp, false);
@@ -241,18 +245,20 @@ Forward forward_cpu(const Tensor& x, const Optional& shortcut_, const Tensor& we
   return {v_hat, r, mean, var, count, mse};
 }
 
-Forward forward_meta(const Tensor& x, const Optional& shortcut, const Tensor& weight, const Tensor&, double, double, double, const Tensor&,
-                     int64_t qn, int64_t qp, bool bins, bool, bool) {
+Forward forward_meta(const Tensor& x, const Optional& shortcut, const Tensor& weight, const Tensor&, double, double,
+                     double, const Tensor&, int64_t qn, int64_t qp, bool bins, bool, bool) {
   const int64_t levels = bins ? Grid(qn, qp, false).levels() : 0;
   return {at::empty_like(x), shortcut ? at::empty_like(x) : at::empty({0}, x.options()),
           at::empty({x.size(1)}, weight.options()), at::empty({x.size(1)}, weight.options()),
           at::empty({levels}, x.options().dtype(at::kLong)), at::empty({levels}, x.options())};
 }
 
-Backward backward_cpu(const Optional& grad_, const Optional& grad_r_, const Optional& grad_mse_, const Tensor& x,
-                      const Optional& r_, const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& var, double eps, double low, double high,
-                      const Tensor& alpha, const Tensor& count, int64_t qn, int64_t qp, double scale, bool in_steps,
+Backward backward_cpu(const Optional& grad_, const Optional& grad_r_, const Optional& grad_mse_, const Tensor& x_,
+                      const Optional& r_, const Tensor& weight, const Tensor& bias, const Tensor& mean,
+                      const Tensor& var, double eps, double low, double high, const Tensor& alpha,
+                      const Tensor& count, int64_t qn, int64_t qp, double scale, bool in_steps,
                       bool drop_clipped, bool one_alpha) {
+  const Tensor x = as_rows(x_), r = r_ ? as_rows(*r_) : Tensor();  // a hook may have laid out anew what was saved
   const Rows rows(x);
   const int64_t channels = rows.channels;
   const Grid grid(qn, qp, false);
@@ -265,7 +271,7 @@ Backward backward_cpu(const Optional& grad_, const Optional& grad_r_, const Opti
   const Tensor grad_r = grad_r_ ? as_rows(*grad_r_) : Tensor();
   const Affine affine(weight.contiguous(), bias.contiguous(), mean, var, eps);
   const float *in = x.const_data_ptr<float>(), *g = grad.const_data_ptr<float>();
-  const float* r_in = r_ ? r_->const_data_ptr<float>() : nullptr;
+  const float* r_in = r_ ? r.const_data_ptr<float>() : nullptr;
   const float* g_r = grad_r_ ? grad_r.const_data_ptr<float>() : nullptr;
   const float* means = mean.const_data_ptr<float>();
   auto centre = per_channel(channels);
@@ -363,10 +369,10 @@ const auto& backward_op() {
   return op;
 }
 
-// Lets BatchNorm's running statistics, (C,) float32, follow those of a batch of so many values per channel, as BatchNorm
-// does: the variance that it keeps is the unbiased one.
-void follow(Tensor running_mean, Tensor running_var, const Tensor& mean, const Tensor& var, double momentum,
-            int64_t values) {
+// Lets BatchNorm's running statistics, (C,) float32, follow those of a batch of so many values per channel, as
+// BatchNorm does: the variance that it keeps is the unbiased one.
+void update_statistics(Tensor running_mean, Tensor running_var, const Tensor& mean, const Tensor& var, double momentum,
+                       int64_t values) {
   for (const Tensor& t : {running_mean, running_var, mean, var})
     TORCH_CHECK(t.scalar_type() == at::kFloat && t.is_contiguous() && t.numel() == mean.numel(),
                 "statistics are float32 and of one size");
@@ -374,12 +380,14 @@ void follow(Tensor running_mean, Tensor running_var, const Tensor& mean, const T
   const float *new_mean = mean.const_data_ptr<float>(), *new_var = var.const_data_ptr<float>();
   float *old_mean = running_mean.mutable_data_ptr<float>(), *old_var = running_var.mutable_data_ptr<float>();
   for (int64_t c = 0; c < mean.numel(); ++c) {
-    old_mean[c] += share * (new_mean[c] - old_mean[c]);
-    old_var[c] += share * (new_var[c] * unbiased - old_var[c]);
+    old_mean[c] = share * new_mean[c] + (1 - share) * old_mean[c];
+    old_var[c] = share * new_var[c] * unbiased + (1 - share) * old_var[c];
   }
+  running_mean.unsafeGetTensorImpl()->bump_version();
+  running_var.unsafeGetTensorImpl()->bump_version();
 }
 
-void follow_meta(Tensor, Tensor, const Tensor&, const Tensor&, double, int64_t) {}
+void update_statistics_meta(Tensor, Tensor, const Tensor&, const Tensor&, double, int64_t) {}
 
 struct NormLsqBackward : torch::autograd::Node {
   SavedVariable x, r, weight, bias, mean, var, alpha, count;
@@ -400,13 +408,18 @@ struct NormLsqBackward : torch::autograd::Node {
     const std::lock_guard lock(mutex_);
     const Tensor of_r = joined ? grads[1] : Tensor();
     const Tensor of_mse = grads.size() > 1 + joined ? grads[1 + joined] : Tensor();
+    if (!grads[0].defined() && !of_r.defined() && !of_mse.defined()) return variable_list(6);
+    // Before the guard: a hook that unpacks may run a forward of its own, which wants autograd.
+    const Tensor x_ = x.unpack(), weight_ = weight.unpack(), bias_ = bias.unpack(), mean_ = mean.unpack();
+    const Tensor var_ = var.unpack(), alpha_ = alpha.unpack(), count_ = count.unpack();
+    const Optional r_ = joined ? Optional(r.unpack()) : std::nullopt;
     at::AutoDispatchBelowADInplaceOrView below;
     auto [to_x, to_shortcut, to_weight, to_bias, to_alpha, to_bins] = backward_op().call(
-        if_defined(grads[0]), if_defined(of_r), if_defined(of_mse), x.unpack(),
-        joined ? std::optional(r.unpack()) : std::nullopt, weight.unpack(), bias.unpack(), mean.unpack(), var.unpack(),
-        eps, low, high, alpha.unpack(), count.unpack(), qn, qp, scale, in_steps, drop_clipped, one_alpha);
+        if_defined(grads[0]), if_defined(of_r), if_defined(of_mse), x_, r_, weight_, bias_, mean_, var_, eps, low, high,
+        alpha_, count_, qn, qp, scale, in_steps, drop_clipped, one_alpha);
     if (!joined) to_shortcut = Tensor();
     if (one_alpha || !of_mse.defined()) to_bins = Tensor();
+    if (!grads[0].defined() && !(one_alpha && of_mse.defined())) to_alpha = Tensor();
     return {to_x, to_shortcut, to_weight, to_bias, to_alpha, to_bins};
   }
 };
@@ -448,9 +461,9 @@ Forward with_grad(const Tensor& x, const Optional& shortcut, const Tensor& weigh
   return results;
 }
 
-Forward without_grad(const Tensor& x, const Optional& shortcut, const Tensor& weight, const Tensor& bias, double eps, double low, double high,
-                     const Tensor& alpha, const Tensor&, int64_t qn, int64_t qp, double, bool bins, bool in_steps,
-                     bool drop_clipped) {
+Forward without_grad(const Tensor& x, const Optional& shortcut, const Tensor& weight, const Tensor& bias, double eps,
+                     double low, double high, const Tensor& alpha, const Tensor&, int64_t qn, int64_t qp, double,
+                     bool bins, bool in_steps, bool drop_clipped) {
   return forward_op().call(x, shortcut, weight, bias, eps, low, high, alpha, qn, qp, bins, in_steps, drop_clipped);
 }
 
@@ -458,22 +471,23 @@ Forward without_grad(const Tensor& x, const Optional& shortcut, const Tensor& we
 
 TORCH_LIBRARY_FRAGMENT(brqat, m) {
   m.def(
-      "norm_lsq(Tensor x, Tensor? shortcut, Tensor weight, Tensor bias, float eps, float low, float high, Tensor alpha, Tensor "
-      "alpha_br, int qn, int qp, float scale, bool bins, bool in_steps, bool drop_clipped) -> (Tensor, Tensor, "
-      "Tensor, Tensor, Tensor, Tensor)");
+      "norm_lsq(Tensor x, Tensor? shortcut, Tensor weight, Tensor bias, float eps, float low, float high, Tensor "
+      "alpha, Tensor alpha_br, int qn, int qp, float scale, bool bins, bool in_steps, bool drop_clipped) -> (Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "norm_lsq_forward(Tensor x, Tensor? shortcut, Tensor weight, Tensor bias, float eps, float low, float high, Tensor alpha, int qn, "
-      "int qp, bool bins, bool in_steps, bool drop_clipped) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "norm_lsq_forward(Tensor x, Tensor? shortcut, Tensor weight, Tensor bias, float eps, float low, float high, "
+      "Tensor alpha, int qn, int qp, bool bins, bool in_steps, bool drop_clipped) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor)");
   m.def(
-      "norm_lsq_backward(Tensor? grad, Tensor? grad_r, Tensor? grad_mse, Tensor x, Tensor? r, Tensor weight, Tensor bias, Tensor mean, Tensor "
-      "var, float eps, float low, float high, Tensor alpha, Tensor count, int qn, int qp, float scale, bool in_steps, "
-      "bool drop_clipped, bool one_alpha) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "norm_lsq_backward(Tensor? grad, Tensor? grad_r, Tensor? grad_mse, Tensor x, Tensor? r, Tensor weight, Tensor "
+      "bias, Tensor mean, Tensor var, float eps, float low, float high, Tensor alpha, Tensor count, int qn, int qp, "
+      "float scale, bool in_steps, bool drop_clipped, bool one_alpha) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "norm_lsq_eval(Tensor x, Tensor? shortcut, Tensor weight, Tensor bias, Tensor mean, Tensor var, float eps, float "
       "low, float high, Tensor alpha, int qn, int qp) -> (Tensor, Tensor)");
   m.def(
-      "follow(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum, int values) -> "
-      "()");
+      "update_statistics(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum, "
+      "int values) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(brqat, CPU, m) {
@@ -481,7 +495,7 @@ TORCH_LIBRARY_IMPL(brqat, CPU, m) {
   m.impl("norm_lsq_forward", forward_cpu);
   m.impl("norm_lsq_backward", backward_cpu);
   m.impl("norm_lsq_eval", eval_cpu);
-  m.impl("follow", follow);
+  m.impl("update_statistics", update_statistics);
 }
 
 TORCH_LIBRARY_IMPL(brqat, Meta, m) {
@@ -489,7 +503,7 @@ TORCH_LIBRARY_IMPL(brqat, Meta, m) {
   m.impl("norm_lsq_forward", forward_meta);
   m.impl("norm_lsq_backward", backward_meta);
   m.impl("norm_lsq_eval", eval_meta);
-  m.impl("follow", follow_meta);
+  m.impl("update_statistics", update_statistics_meta);
 }
 
 TORCH_LIBRARY_IMPL(brqat, Autograd, m) { m.impl("norm_lsq", with_grad); }
