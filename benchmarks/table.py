@@ -138,9 +138,13 @@ def measured(command: str) -> dict:
 
 
 def commit() -> str:
-    """Of the code that was measured."""
-    words = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
+    """Of the code that was measured; docs/ may have changed, by this program."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(HERE.parent), *words], capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "brqat", "benchmarks")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else "")
 
 
 def page(found: dict[str, list[dict]]) -> str:
