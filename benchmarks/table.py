@@ -1,6 +1,6 @@
 """Runs the benchmarks and writes docs/performance.md, with their figures beside it in docs/performance.json.
 
-    python benchmarks/table.py                        # all of it; most of an hour on two idle cores
+    python benchmarks/table.py                        # all of it; half an hour on two idle cores
     python benchmarks/table.py --parts step op        # these anew, the others as docs/performance.json has them
     python benchmarks/table.py --quick --out FOLDER   # the smallest sizes: a trial of this program
 
