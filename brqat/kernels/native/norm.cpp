@@ -15,6 +15,7 @@
 #include "autograd.h"
 #include "lsq.h"
 
+#include <array>
 #include <tuple>
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -70,35 +71,57 @@ struct Rows {
 // One number per channel in whole vectors, so that the last can be loaded too.
 std::vector<float> per_channel(int64_t channels) { return std::vector<float>(padded(channels)); }
 
-// Calls function(channel, lanes) for each vector of channels; lanes is a constant to the compiler where it is WIDTH.
+template <int64_t value>
+using Constant = std::integral_constant<int64_t, value>;
+
+// Vectors of neighbouring channels.
+template <int64_t vectors>
+using Several = std::array<Vec, vectors>;
+
+template <int64_t vectors>
+C10_ALWAYS_INLINE Several<vectors> all_zero() {
+  Several<vectors> zeros;
+  zeros.fill(Vec(0.0f));
+  return zeros;
+}
+
+// Calls function(channel, vectors, lanes) for all channels, four vectors at a time where there are as many: what is
+// read along a row the processor fetches ahead. lanes, of a last vector, is a constant to the compiler if it is WIDTH.
 template <typename Function>
 C10_ALWAYS_INLINE void for_vectors(const Rows::Piece& piece, const Function& function) {
   int64_t c = piece.first_channel;
-  for (; c + WIDTH <= piece.end_channel; c += WIDTH) function(c, std::integral_constant<int64_t, WIDTH>());
-  if (c < piece.end_channel) function(c, piece.end_channel - c);
+  for (; c + 4 * WIDTH <= piece.end_channel; c += 4 * WIDTH) function(c, Constant<4>(), Constant<WIDTH>());
+  for (; c + WIDTH <= piece.end_channel; c += WIDTH) function(c, Constant<1>(), Constant<WIDTH>());
+  if (c < piece.end_channel) function(c, Constant<1>(), piece.end_channel - c);
 }
 
-// Sums of v - about and of its squares over rows, for a vector of channels. Several sums side by side, since an
+// Sums of v - about and of its squares over rows. Of a single vector there are several sums side by side, since an
 // addition waits for the one before it.
-template <typename Lanes>
-C10_ALWAYS_INLINE std::pair<Vec, Vec> sums_about(const Vec& about, const float* x, int64_t rows, int64_t channels,
-                                                 Lanes lanes) {
-  Vec sums[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
-  Vec squares[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
-  const auto take = [&](int64_t k, int64_t row) __attribute__((always_inline)) {
-    const Vec apart = Vec::loadu(x + row * channels, lanes) - about;
-    sums[k] = sums[k] + apart;
-    squares[k] = at::vec::fmadd(apart, apart, squares[k]);
+template <int64_t vectors, typename Lanes>
+C10_ALWAYS_INLINE std::pair<Several<vectors>, Several<vectors>> sums_about(const Several<vectors>& about,
+                                                                           const float* x, int64_t rows,
+                                                                           int64_t channels, Lanes lanes) {
+  constexpr int64_t chains = vectors == 1 ? 4 : 1;
+  Several<vectors> sums[chains], squares[chains];
+  for (int64_t chain = 0; chain < chains; ++chain) sums[chain] = squares[chain] = all_zero<vectors>();
+  const auto take = [&](int64_t chain, int64_t row) __attribute__((always_inline)) {
+    for (int64_t k = 0; k < vectors; ++k) {
+      const Vec apart = Vec::loadu(x + row * channels + k * WIDTH, lanes) - about[k];
+      sums[chain][k] = sums[chain][k] + apart;
+      squares[chain][k] = at::vec::fmadd(apart, apart, squares[chain][k]);
+    }
   };
   int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) {
-    take(0, row);
-    take(1, row + 1);
-    take(2, row + 2);
-    take(3, row + 3);
-  }
+  for (; row + chains <= rows; row += chains)
+    for (int64_t chain = 0; chain < chains; ++chain) take(chain, row + chain);
   for (; row < rows; ++row) take(0, row);
-  return {(sums[0] + sums[1]) + (sums[2] + sums[3]), (squares[0] + squares[1]) + (squares[2] + squares[3])};
+  for (int64_t chain = 1; chain < chains; ++chain) {
+    for (int64_t k = 0; k < vectors; ++k) {
+      sums[0][k] = sums[0][k] + sums[chain][k];
+      squares[0][k] = squares[0][k] + squares[chain][k];
+    }
+  }
+  return {sums[0], squares[0]};
 }
 
 void store_as_double(const Vec& v, double* out, int64_t lanes) {
@@ -115,16 +138,18 @@ void statistics(const float* x, const Rows& rows, float* mean, float* var) {
   rows.for_each([&](const Rows::Piece& piece) {
     const float* start = x + piece.first_row * channels;
     const int64_t count = piece.rows;
-    for_vectors(piece, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+    for_vectors(piece, [&](int64_t c, auto vectors, auto lanes) __attribute__((always_inline)) {
       const int64_t first = std::min<int64_t>(count, FIRST_ROWS);
-      const Vec about =
-          sums_about(Vec(0.0f), start + c, first, channels, lanes).first / Vec(static_cast<float>(first));
-      const auto [sum, square] = sums_about(about, start + c, count, channels, lanes);
-      float about_lanes[WIDTH], sum_lanes[WIDTH], square_lanes[WIDTH];
-      about.store(about_lanes);
-      sum.store(sum_lanes);
-      square.store(square_lanes);
-      for (int64_t i = 0; i < lanes; ++i) {
+      Several<vectors> about = sums_about<vectors>(all_zero<vectors>(), start + c, first, channels, lanes).first;
+      for (Vec& mean_so_far : about) mean_so_far = mean_so_far / Vec(static_cast<float>(first));
+      const auto [sum, square] = sums_about<vectors>(about, start + c, count, channels, lanes);
+      float about_lanes[vectors * WIDTH], sum_lanes[vectors * WIDTH], square_lanes[vectors * WIDTH];
+      for (int64_t k = 0; k < vectors; ++k) {
+        about[k].store(about_lanes + k * WIDTH);
+        sum[k].store(sum_lanes + k * WIDTH);
+        square[k].store(square_lanes + k * WIDTH);
+      }
+      for (int64_t i = 0; i < (vectors - 1) * WIDTH + lanes; ++i) {
         const double off = static_cast<double>(sum_lanes[i]) / count;
         means[piece.stack * channels + c + i] = about_lanes[i] + off;
         squares[piece.stack * channels + c + i] = std::max(0.0, square_lanes[i] - off * off * count);
@@ -151,10 +176,11 @@ struct Affine {
 
   Affine(const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& var, double eps)
       : scale(per_channel(weight.numel())), shift(per_channel(weight.numel())) {
+    const float *weights = weight.const_data_ptr<float>(), *biases = bias.const_data_ptr<float>();
+    const float *means = mean.const_data_ptr<float>(), *vars = var.const_data_ptr<float>();
     for (int64_t c = 0; c < weight.numel(); ++c) {
-      const float inverse = static_cast<float>(1 / std::sqrt(var.const_data_ptr<float>()[c] + eps));
-      scale[c] = weight.const_data_ptr<float>()[c] * inverse;
-      shift[c] = bias.const_data_ptr<float>()[c] - mean.const_data_ptr<float>()[c] * scale[c];
+      scale[c] = weights[c] * static_cast<float>(1 / std::sqrt(vars[c] + eps));
+      shift[c] = biases[c] - means[c] * scale[c];
     }
   }
 };
@@ -178,23 +204,29 @@ void quantize(const float* x, const float* shortcut, float* r_out, float* v_hat,
     double* part = bins ? &sums[piece.number * 2 * levels] : nullptr;
     const int64_t size = piece.rows * (piece.end_channel - piece.first_channel);
     with_sums(grid, bins, size, part, bins ? part + levels : nullptr, [&, site_ = site](const auto& make_sums) {
-      const Site site = site_;  // a store could change what lies behind a reference, for all the compiler knows
+      // Copies: a store could change what lies behind a reference, for all the compiler knows.
+      const Site site = site_;
+      const float *x_in = x, *shortcut_in = shortcut;
+      float *r_to = r_out, *to = v_hat;
       auto per_bin = make_sums();
       const Vec floor(low), ceiling(high);
-      for_vectors(piece, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-        const Vec scale = Vec::loadu(&affine.scale[c]), shift = Vec::loadu(&affine.shift[c]);
+      for_vectors(piece, [&](int64_t c, auto vectors, auto lanes) __attribute__((always_inline)) {
+        const float *scale = &affine.scale[c], *shift = &affine.shift[c];
         for (int64_t row = piece.first_row; row < piece.first_row + piece.rows; ++row) {
-          const int64_t at = row * channels + c;
-          Vec y = at::vec::fmadd(Vec::loadu(x + at, lanes), scale, shift);
-          if (shortcut) y = y + Vec::loadu(shortcut + at, lanes);
-          const Vec r = at::vec::clamp(y, floor, ceiling);
-          if (shortcut) r.store(r_out + at, lanes);
-          const Vec u = site.divided(r);
-          const Vec code = site.code<false>(u);
-          (code * site.alpha).store(v_hat + at, lanes);
-          if constexpr (decltype(per_bin)::WANTED) {
-            const Vec distance = site.distance(r, u, code);
-            per_bin.add(site.bin_code(u, code), distance * distance, lanes);
+          for (int64_t k = 0; k < vectors; ++k) {
+            const int64_t at = row * channels + c + k * WIDTH;
+            Vec y = at::vec::fmadd(Vec::loadu(x_in + at, lanes), Vec::loadu(scale + k * WIDTH),
+                                   Vec::loadu(shift + k * WIDTH));
+            if (shortcut_in) y = y + Vec::loadu(shortcut_in + at, lanes);
+            const Vec r = at::vec::clamp(y, floor, ceiling);
+            if (shortcut_in) r.store(r_to + at, lanes);
+            const Vec u = site.divided(r);
+            const Vec code = site.code<false>(u);
+            (code * site.alpha).store(to + at, lanes);
+            if constexpr (decltype(per_bin)::WANTED) {
+              const Vec distance = site.distance(r, u, code);
+              per_bin.add(site.bin_code(u, code), distance * distance, lanes);
+            }
           }
         }
       });
@@ -283,29 +315,35 @@ Backward backward_cpu(const Optional& grad_, const Optional& grad_r_, const Opti
   // First pass: dy, and the sums: dbias and dweight * std per channel, and what goes to the two alphas.
   std::vector<double> sums(rows.stacks * 2 * channels), to_alphas(rows.pieces * 2);
   rows.for_each([&](const Rows::Piece& piece) {
+    const float *x_in = in, *grad_in = g, *r_read = r_in, *grad_r_in = g_r;  // copies, as in quantize
+    float* to = dy_out;
     const Vec floor(static_cast<float>(low)), ceiling(static_cast<float>(high));
     double* part = &sums[piece.stack * 2 * channels];
     Gradient<false> gradient{site, pulls, bins};
     int64_t since_flush = 0;
-    for_vectors(piece, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-      const Vec scale = Vec::loadu(&affine.scale[c]), shift = Vec::loadu(&affine.shift[c]);
-      const Vec middle = Vec::loadu(&centre[c]);
-      Vec sum(0.0f), product(0.0f);
+    for_vectors(piece, [&](int64_t c, auto vectors, auto lanes) __attribute__((always_inline)) {
+      const float *scale = &affine.scale[c], *shift = &affine.shift[c], *middle = &centre[c];
+      auto sum = all_zero<vectors>(), product = all_zero<vectors>();
       for (int64_t row = piece.first_row; row < piece.first_row + piece.rows; ++row) {
-        const int64_t at = row * channels + c;
-        const Vec v = Vec::loadu(in + at, lanes);
-        // A clamped r lies on its bound, so that r tells as well as y what was clamped.
-        const Vec y = r_in ? Vec::loadu(r_in + at, lanes) : at::vec::fmadd(v, scale, shift);
-        Vec dr = gradient(at::vec::clamp(y, floor, ceiling), Vec::loadu(g + at, lanes), lanes);
-        if (g_r) dr = dr + Vec::loadu(g_r + at, lanes);
-        const Vec dy = if_between(floor, y, ceiling, dr);
-        dy.store(dy_out + at, lanes);
-        sum = sum + dy;
-        product = at::vec::fmadd(dy, v - middle, product);
+        for (int64_t k = 0; k < vectors; ++k) {
+          const int64_t at = row * channels + c + k * WIDTH;
+          const Vec v = Vec::loadu(x_in + at, lanes);
+          // A clamped r lies on its bound, so that r tells as well as y what was clamped.
+          const Vec y = r_read ? Vec::loadu(r_read + at, lanes)
+                               : at::vec::fmadd(v, Vec::loadu(scale + k * WIDTH), Vec::loadu(shift + k * WIDTH));
+          Vec dr = gradient(at::vec::clamp(y, floor, ceiling), Vec::loadu(grad_in + at, lanes), lanes);
+          if (grad_r_in) dr = dr + Vec::loadu(grad_r_in + at, lanes);
+          const Vec dy = if_between(floor, y, ceiling, dr);
+          dy.store(to + at, lanes);
+          sum[k] = sum[k] + dy;
+          product[k] = at::vec::fmadd(dy, v - Vec::loadu(middle + k * WIDTH), product[k]);
+        }
       }
-      store_as_double(sum, part + c, lanes);
-      store_as_double(product, part + channels + c, lanes);
-      if ((since_flush += piece.rows) >= BLOCK / WIDTH) {
+      for (int64_t k = 0; k < vectors; ++k) {
+        store_as_double(sum[k], part + c + k * WIDTH, lanes);
+        store_as_double(product[k], part + channels + c + k * WIDTH, lanes);
+      }
+      if ((since_flush += vectors * piece.rows) >= BLOCK / WIDTH) {
         gradient.flush(&to_alphas[2 * piece.number], &to_alphas[2 * piece.number + 1]);
         since_flush = 0;
       }
@@ -324,21 +362,32 @@ Backward backward_cpu(const Optional& grad_, const Optional& grad_r_, const Opti
   // Second pass: dx = scale * dy + per_x * x + constant, over dy.
   Tensor grad_weight = empty_as(mean), grad_bias = empty_as(mean);
   auto per_x = per_channel(channels), constant = per_channel(channels);
+  const float* vars = var.const_data_ptr<float>();
+  float *to_weight = grad_weight.mutable_data_ptr<float>(), *to_bias = grad_bias.mutable_data_ptr<float>();
   for (int64_t c = 0; c < channels; ++c) {
-    const double inverse = 1 / std::sqrt(var.const_data_ptr<float>()[c] + eps);
-    grad_bias.mutable_data_ptr<float>()[c] = static_cast<float>(total[c]);
-    grad_weight.mutable_data_ptr<float>()[c] = static_cast<float>(total[channels + c] * inverse);
+    const double inverse = 1 / std::sqrt(vars[c] + eps);
+    to_bias[c] = static_cast<float>(total[c]);
+    to_weight[c] = static_cast<float>(total[channels + c] * inverse);
     const double slope = -affine.scale[c] * inverse * inverse * total[channels + c] / rows.count;
     per_x[c] = static_cast<float>(slope);
     constant[c] = static_cast<float>(-affine.scale[c] * total[c] / rows.count - slope * means[c]);
   }
   rows.for_each([&](const Rows::Piece& piece) {
-    for_vectors(piece, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-      const Vec scale = Vec::loadu(&affine.scale[c]), slope = Vec::loadu(&per_x[c]), shift = Vec::loadu(&constant[c]);
+    const float *x_in = in, *dy_in = dy_out;
+    float* dx_out = out;
+    for_vectors(piece, [&](int64_t c, auto vectors, auto lanes) __attribute__((always_inline)) {
+      Several<vectors> scale, slope, shift;
+      for (int64_t k = 0; k < vectors; ++k) {
+        scale[k] = Vec::loadu(&affine.scale[c + k * WIDTH]);
+        slope[k] = Vec::loadu(&per_x[c + k * WIDTH]);
+        shift[k] = Vec::loadu(&constant[c + k * WIDTH]);
+      }
       for (int64_t row = piece.first_row; row < piece.first_row + piece.rows; ++row) {
-        const int64_t at = row * channels + c;
-        const Vec rest = at::vec::fmadd(Vec::loadu(in + at, lanes), slope, shift);
-        at::vec::fmadd(Vec::loadu(dy_out + at, lanes), scale, rest).store(out + at, lanes);
+        for (int64_t k = 0; k < vectors; ++k) {
+          const int64_t at = row * channels + c + k * WIDTH;
+          const Vec rest = at::vec::fmadd(Vec::loadu(x_in + at, lanes), slope[k], shift[k]);
+          at::vec::fmadd(Vec::loadu(dy_in + at, lanes), scale[k], rest).store(dx_out + at, lanes);
+        }
       }
     });
   });
@@ -481,7 +530,8 @@ TORCH_LIBRARY_FRAGMENT(brqat, m) {
   m.def(
       "norm_lsq_backward(Tensor? grad, Tensor? grad_r, Tensor? grad_mse, Tensor x, Tensor? r, Tensor weight, Tensor "
       "bias, Tensor mean, Tensor var, float eps, float low, float high, Tensor alpha, Tensor count, int qn, int qp, "
-      "float scale, bool in_steps, bool drop_clipped, bool one_alpha) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "float scale, bool in_steps, bool drop_clipped, bool one_alpha) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
   m.def(
       "norm_lsq_eval(Tensor x, Tensor? shortcut, Tensor weight, Tensor bias, Tensor mean, Tensor var, float eps, float "
       "low, float high, Tensor alpha, int qn, int qp) -> (Tensor, Tensor)");
