@@ -145,7 +145,7 @@ def run_all(small: int, large: int) -> list[str]:
     todo.append(("nan", lambda: check_nan("cpu", kernels.lsq)))
     todo.append(("repeats", lambda: check_repeats("cpu", kernels.lsq)))
     todo.append(("expanded gradient", lambda: check_expanded_gradient("cpu", kernels.lsq)))
-    every = itertools.product((1, 3, 16, 24, 40, 64), BOUNDS, (None, *EVERY_BINS), (False, True))
+    every = itertools.product((1, 3, 16, 24, 40, 64, 100), BOUNDS, (None, *EVERY_BINS), (False, True))
     for channels, (low, high), bins, joined in every:
         case = f"norm_lsq of {channels} channels, exact, {low}..{high}, {bins}, {'joined' if joined else 'alone'}"
         todo.append((case, lambda args=(channels, low, high, bins, joined): check_norm_exactly(*args)))
@@ -199,7 +199,7 @@ def test_the_number_of_threads_changes_no_bit_of_lsq(native, shape, rows, grid, 
     assert all(map(torch.equal, on_threads(1, call), on_threads(2, call)))
 
 
-@pytest.mark.parametrize("channels", [3, 16, 40])
+@pytest.mark.parametrize("channels", [3, 16, 40, 100])
 @pytest.mark.parametrize("bits", [2, 8])
 def test_the_number_of_threads_changes_no_bit_of_norm_lsq(native, channels, bits):
     g = torch.Generator().manual_seed(0)
@@ -285,7 +285,7 @@ def code_of(v_hat, alpha):
     return (v_hat.double() / alpha.item()).round()
 
 
-@pytest.mark.parametrize("channels", [1, 3, 16, 24, 40, 64])
+@pytest.mark.parametrize("channels", [1, 3, 16, 24, 40, 64, 100])
 @pytest.mark.parametrize("bins", [None, *EVERY_BINS])
 @pytest.mark.parametrize("low, high", BOUNDS)
 def test_norm_lsq_equals_the_three_one_after_the_other(native, channels, bins, low, high):
@@ -362,7 +362,7 @@ def test_codes_behind_a_norm_differ_at_ties_alone(native):
     assert d.tie.sum() < 2e-4 * d.tie.numel() and (differ != 0).sum() <= 30
 
 
-@pytest.mark.parametrize("channels", [1, 3, 16, 64])
+@pytest.mark.parametrize("channels", [1, 3, 16, 64, 100])
 @pytest.mark.parametrize("mean, std", [(0.3, 1.0), (1000.0, 0.1), (-3e4, 1.0)])
 def test_statistics_are_the_batchs_whatever_the_mean(native, channels, mean, std):
     g = torch.Generator().manual_seed(0)

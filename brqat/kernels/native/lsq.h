@@ -1,7 +1,7 @@
 // What one element goes through, and how a tensor is cut into pieces: shared by lsq.cpp and norm.cpp.
 //
 // Vectors are ATen's (at::vec): one source for every instruction set. Sums run in float over a block (behind a
-// BatchNorm over the rows of a piece) and in double beyond it, and pieces are added up in the order of memory whatever
+// BatchNorm over some rows) and in double beyond it, and pieces are added up in the order of memory whatever
 // thread made them: the number of threads changes no bit.
 #pragma once
 

@@ -34,6 +34,7 @@ using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Tensor as_rows(const Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
 
 constexpr int64_t FIRST_ROWS = 16;  // whose mean is near enough to that of all
+constexpr int64_t STRETCH = 128;    // rows whose sums are in float
 
 // A tensor's rows of channels, cut into pieces of about PIECE elements: some rows, and of them at most GROUP channels,
 // or a piece of a network's last layers would be a few rows of a thousand channels, each of which wants sums of its
@@ -85,23 +86,24 @@ C10_ALWAYS_INLINE Several<vectors> all_zero() {
   return zeros;
 }
 
-// Calls function(channel, vectors, lanes) for all channels, four vectors at a time where there are as many: what is
-// read along a row the processor fetches ahead. lanes, of a last vector, is a constant to the compiler if it is WIDTH.
+// Calls function(channel, vectors, lanes) for all channels, four or two vectors at a time where there are as many: what
+// is read along a row the processor fetches ahead. lanes, of the last vector, is a constant to the compiler if WIDTH.
 template <typename Function>
 C10_ALWAYS_INLINE void for_vectors(const Rows::Piece& piece, const Function& function) {
   int64_t c = piece.first_channel;
   for (; c + 4 * WIDTH <= piece.end_channel; c += 4 * WIDTH) function(c, Constant<4>(), Constant<WIDTH>());
+  for (; c + 2 * WIDTH <= piece.end_channel; c += 2 * WIDTH) function(c, Constant<2>(), Constant<WIDTH>());
   for (; c + WIDTH <= piece.end_channel; c += WIDTH) function(c, Constant<1>(), Constant<WIDTH>());
   if (c < piece.end_channel) function(c, Constant<1>(), piece.end_channel - c);
 }
 
-// Sums of v - about and of its squares over rows. Of a single vector there are several sums side by side, since an
+// Sums of v - about and of its squares over rows. Of fewer than four vectors there are several side by side, since an
 // addition waits for the one before it.
 template <int64_t vectors, typename Lanes>
 C10_ALWAYS_INLINE std::pair<Several<vectors>, Several<vectors>> sums_about(const Several<vectors>& about,
                                                                            const float* x, int64_t rows,
                                                                            int64_t channels, Lanes lanes) {
-  constexpr int64_t chains = vectors == 1 ? 4 : 1;
+  constexpr int64_t chains = 4 / vectors;
   Several<vectors> sums[chains], squares[chains];
   for (int64_t chain = 0; chain < chains; ++chain) sums[chain] = squares[chain] = all_zero<vectors>();
   const auto take = [&](int64_t chain, int64_t row) __attribute__((always_inline)) {
@@ -124,10 +126,12 @@ C10_ALWAYS_INLINE std::pair<Several<vectors>, Several<vectors>> sums_about(const
   return {sums[0], squares[0]};
 }
 
-void store_as_double(const Vec& v, double* out, int64_t lanes) {
-  float held[WIDTH];
-  v.store(held);
-  std::copy(held, held + lanes, out);
+// Adds the lanes to total, which has as many entries or fewer in its last vector.
+template <int64_t vectors>
+C10_ALWAYS_INLINE void add_to(double* total, const Several<vectors>& v, int64_t lanes) {
+  float held[vectors * WIDTH];
+  for (int64_t k = 0; k < vectors; ++k) v[k].store(held + k * WIDTH);
+  for (int64_t i = 0; i < (vectors - 1) * WIDTH + lanes; ++i) total[i] += held[i];
 }
 
 // Mean and biased variance of every channel. The squares of a piece are taken about the mean of its first rows, and
@@ -137,22 +141,24 @@ void statistics(const float* x, const Rows& rows, float* mean, float* var) {
   std::vector<double> means(rows.stacks * channels), squares(rows.stacks * channels);
   rows.for_each([&](const Rows::Piece& piece) {
     const float* start = x + piece.first_row * channels;
-    const int64_t count = piece.rows;
+    double *mean_out = &means[piece.stack * channels], *square_out = &squares[piece.stack * channels];
     for_vectors(piece, [&](int64_t c, auto vectors, auto lanes) __attribute__((always_inline)) {
-      const int64_t first = std::min<int64_t>(count, FIRST_ROWS);
+      const int64_t first = std::min(piece.rows, FIRST_ROWS);
       Several<vectors> about = sums_about<vectors>(all_zero<vectors>(), start + c, first, channels, lanes).first;
-      for (Vec& mean_so_far : about) mean_so_far = mean_so_far / Vec(static_cast<float>(first));
-      const auto [sum, square] = sums_about<vectors>(about, start + c, count, channels, lanes);
-      float about_lanes[vectors * WIDTH], sum_lanes[vectors * WIDTH], square_lanes[vectors * WIDTH];
-      for (int64_t k = 0; k < vectors; ++k) {
-        about[k].store(about_lanes + k * WIDTH);
-        sum[k].store(sum_lanes + k * WIDTH);
-        square[k].store(square_lanes + k * WIDTH);
+      for (Vec& sum : about) sum = sum / Vec(static_cast<float>(first));
+      double abouts[vectors * WIDTH] = {}, sums[vectors * WIDTH] = {}, squared[vectors * WIDTH] = {};
+      add_to<vectors>(abouts, about, lanes);
+      for (int64_t row = 0; row < piece.rows; row += STRETCH) {
+        const int64_t stretch = std::min(STRETCH, piece.rows - row);
+        const auto [sum, square] =
+            sums_about<vectors>(about, start + row * channels + c, stretch, channels, lanes);
+        add_to<vectors>(sums, sum, lanes);
+        add_to<vectors>(squared, square, lanes);
       }
       for (int64_t i = 0; i < (vectors - 1) * WIDTH + lanes; ++i) {
-        const double off = static_cast<double>(sum_lanes[i]) / count;
-        means[piece.stack * channels + c + i] = about_lanes[i] + off;
-        squares[piece.stack * channels + c + i] = std::max(0.0, square_lanes[i] - off * off * count);
+        const double off = sums[i] / piece.rows;
+        mean_out[c + i] = abouts[i] + off;
+        square_out[c + i] = std::max(0.0, squared[i] - off * off * piece.rows);
       }
     });
   });
@@ -323,29 +329,30 @@ Backward backward_cpu(const Optional& grad_, const Optional& grad_r_, const Opti
     int64_t since_flush = 0;
     for_vectors(piece, [&](int64_t c, auto vectors, auto lanes) __attribute__((always_inline)) {
       const float *scale = &affine.scale[c], *shift = &affine.shift[c], *middle = &centre[c];
-      auto sum = all_zero<vectors>(), product = all_zero<vectors>();
-      for (int64_t row = piece.first_row; row < piece.first_row + piece.rows; ++row) {
-        for (int64_t k = 0; k < vectors; ++k) {
-          const int64_t at = row * channels + c + k * WIDTH;
-          const Vec v = Vec::loadu(x_in + at, lanes);
-          // A clamped r lies on its bound, so that r tells as well as y what was clamped.
-          const Vec y = r_read ? Vec::loadu(r_read + at, lanes)
-                               : at::vec::fmadd(v, Vec::loadu(scale + k * WIDTH), Vec::loadu(shift + k * WIDTH));
-          Vec dr = gradient(at::vec::clamp(y, floor, ceiling), Vec::loadu(grad_in + at, lanes), lanes);
-          if (grad_r_in) dr = dr + Vec::loadu(grad_r_in + at, lanes);
-          const Vec dy = if_between(floor, y, ceiling, dr);
-          dy.store(to + at, lanes);
-          sum[k] = sum[k] + dy;
-          product[k] = at::vec::fmadd(dy, v - Vec::loadu(middle + k * WIDTH), product[k]);
+      for (int64_t from = piece.first_row; from < piece.first_row + piece.rows; from += STRETCH) {
+        const int64_t end = std::min(from + STRETCH, piece.first_row + piece.rows);
+        auto sum = all_zero<vectors>(), product = all_zero<vectors>();
+        for (int64_t row = from; row < end; ++row) {
+          for (int64_t k = 0; k < vectors; ++k) {
+            const int64_t at = row * channels + c + k * WIDTH;
+            const Vec v = Vec::loadu(x_in + at, lanes);
+            // A clamped r lies on its bound, so that r tells as well as y what was clamped.
+            const Vec y = r_read ? Vec::loadu(r_read + at, lanes)
+                                 : at::vec::fmadd(v, Vec::loadu(scale + k * WIDTH), Vec::loadu(shift + k * WIDTH));
+            Vec dr = gradient(at::vec::clamp(y, floor, ceiling), Vec::loadu(grad_in + at, lanes), lanes);
+            if (grad_r_in) dr = dr + Vec::loadu(grad_r_in + at, lanes);
+            const Vec dy = if_between(floor, y, ceiling, dr);
+            dy.store(to + at, lanes);
+            sum[k] = sum[k] + dy;
+            product[k] = at::vec::fmadd(dy, v - Vec::loadu(middle + k * WIDTH), product[k]);
+          }
         }
-      }
-      for (int64_t k = 0; k < vectors; ++k) {
-        store_as_double(sum[k], part + c + k * WIDTH, lanes);
-        store_as_double(product[k], part + channels + c + k * WIDTH, lanes);
-      }
-      if ((since_flush += vectors * piece.rows) >= BLOCK / WIDTH) {
-        gradient.flush(&to_alphas[2 * piece.number], &to_alphas[2 * piece.number + 1]);
-        since_flush = 0;
+        add_to<vectors>(part + c, sum, lanes);
+        add_to<vectors>(part + channels + c, product, lanes);
+        if ((since_flush += vectors * (end - from)) >= BLOCK / WIDTH) {
+          gradient.flush(&to_alphas[2 * piece.number], &to_alphas[2 * piece.number + 1]);
+          since_flush = 0;
+        }
       }
     });
     gradient.flush(&to_alphas[2 * piece.number], &to_alphas[2 * piece.number + 1]);
