@@ -308,3 +308,10 @@ def check_expanded_gradient(device: str, fused) -> None:
     v = torch.randn(3, 5, device=device).requires_grad_()
     fused(v, alpha, alpha, uniform_grid(8, True), 1.0, False, None)[0].sum().backward()
     assert v.grad.tolist() == torch.ones(3, 5).tolist()
+    grads = []
+    for weights in (None, torch.ones(4, device=device)):
+        v.grad = alpha.grad = None
+        mse = fused(v, alpha, alpha, uniform_grid(2, True), 1.0, False, Bins())[3]
+        (mse.sum() if weights is None else (mse * weights).sum()).backward()
+        grads.append((v.grad, alpha.grad))
+    assert all(map(torch.equal, *grads)) and all(grad.abs().sum() > 0 for grad in grads[0])

@@ -92,6 +92,19 @@ def norm_gradients(outputs, mse, leaves, grad_mse):
     return torch.autograd.grad(results, leaves, upstream, allow_unused=True)
 
 
+def check_expanded_gradient_of_norm() -> None:
+    """As check_expanded_gradient in lsq_cases.py."""
+    g = torch.Generator().manual_seed(0)
+    x, ones, zeros = last(torch.randn(64, 5, generator=g)), torch.ones(5), torch.zeros(5)
+    grads = []
+    for weights in (None, torch.ones(4)):
+        leaves = [t.clone().requires_grad_() for t in (x, ones, zeros, torch.tensor(0.5))]
+        out = fused(*leaves, leaves[-1], 1e-5, 0.0, math.inf, uniform_grid(2, False), Bins())
+        (out.mse.sum() if weights is None else (out.mse * weights).sum()).backward()
+        grads.append([leaf.grad for leaf in leaves])
+    assert all(map(torch.equal, *grads)) and all(grad.abs().sum() > 0 for grad in grads[0])
+
+
 def check_norm_exactly(channels, low, high, bins, joined, repeats=4):
     """Values of few bits, a mean of 0 and a standard deviation of 2 after eps: only dx is rounded, two or three times.
 
@@ -145,6 +158,7 @@ def run_all(small: int, large: int) -> list[str]:
     todo.append(("nan", lambda: check_nan("cpu", kernels.lsq)))
     todo.append(("repeats", lambda: check_repeats("cpu", kernels.lsq)))
     todo.append(("expanded gradient", lambda: check_expanded_gradient("cpu", kernels.lsq)))
+    todo.append(("expanded gradient of norm_lsq", check_expanded_gradient_of_norm))
     every = itertools.product((1, 3, 16, 24, 40, 64, 100), BOUNDS, (None, *EVERY_BINS), (False, True))
     for channels, (low, high), bins, joined in every:
         case = f"norm_lsq of {channels} channels, exact, {low}..{high}, {bins}, {'joined' if joined else 'alone'}"
@@ -218,12 +232,20 @@ def test_the_number_of_threads_changes_no_bit_of_norm_lsq(native, channels, bits
     assert all(map(torch.equal, on_threads(1, call), on_threads(2, call)))
 
 
+STRETCH = 128  # rows whose sums are in float
+STRETCHES = 768  # vectors whose sums for alpha are
+
+
+def rounding_of_sum(numbers, in_float):
+    """Of that many numbers as a share of their magnitudes': roundings of either sign, and those of the numbers."""
+    return (16 + math.sqrt(min(numbers, in_float))) * ROUNDING
+
+
 def rounding_of_var(rows, mean, std):
     """Relative. Sums of floats in runs, and the means of pieces: each is a float, and so off by as much as the batch's
     mean, in standard deviations. Between pieces that meets how far their means lie apart."""
-    per_piece = min(rows, 32768 / len(mean))
     off = 2 * ROUNDING * mean.abs() / std
-    return (16 + math.sqrt(per_piece)) * ROUNDING + off**2 + 4 * off / math.sqrt(per_piece)
+    return rounding_of_sum(rows, STRETCH) + off**2 + 4 * off / math.sqrt(min(rows, 32768 / len(mean)))
 
 
 def rounding_of_y(x, weight, bias, mean, std):
@@ -281,6 +303,18 @@ def drawn_for_bins(*args) -> Drawn:
     raise AssertionError("every draw has a value near an edge")
 
 
+def test_long_sums_behind_a_norm_do_not_gather_roundings(native):
+    """Equal terms: in one float their sum is off by 4335 roundings."""
+    rows = 32768
+    x = last(torch.randn(rows, 1, generator=torch.Generator().manual_seed(0)))
+    bias = torch.zeros(1, requires_grad=True)
+    alpha = torch.tensor(100.0)
+    out = fused(x, torch.ones(1), bias, alpha, alpha, 1e-5, -math.inf, math.inf, uniform_grid(2, True), None)
+    out.v_hat.backward(torch.full_like(x, 0.1))
+    want = rows * torch.tensor(0.1).double().item()
+    assert abs(bias.grad.item() - want) <= rounding_of_sum(rows, STRETCH) * want
+
+
 def code_of(v_hat, alpha):
     return (v_hat.double() / alpha.item()).round()
 
@@ -332,7 +366,8 @@ def check_norm(rows, channels, mean, std, low, high, grid, bins):
     dy, dy_off = above + pull, pull_off + ROUNDING * (above + pull)  # at most
     inside = (y > low) & (y < high)
     dy, dy_off = dy * inside, dy_off * inside
-    sums = (16 + math.sqrt(min(rows, 32768 / channels))) * ROUNDING
+    sums = rounding_of_sum(rows, STRETCH)
+    sums_of_alpha = rounding_of_sum(rows * channels, STRETCHES)
     var = rounding_of_var(rows, m, 1 / inverse)
     bias_off = sums * dy.sum(0) + dy_off.sum(0)
     shift = 4 * ROUNDING * m.abs() * inverse  # of the mean, in standard deviations
@@ -343,8 +378,8 @@ def check_norm(rows, channels, mean, std, low, high, grid, bins):
     x_off = scale.abs() * (x_off + shift * dweight / rows)
     u_off = d.error / alpha + 2 * ROUNDING * u.abs()
     along = u.abs() if bins and bins.in_steps else c.abs()
-    br_off = (sums * pull * along + pull_off * along + (pull * u_off if bins and bins.in_steps else 0)).sum()
-    alpha_off = SCALE * (above * (sums * 2 * max(-grid.qn, grid.qp) + u_off)).sum()
+    br_off = (sums_of_alpha * pull * along + pull_off * along + (pull * u_off if bins and bins.in_steps else 0)).sum()
+    alpha_off = SCALE * (above * (sums_of_alpha * 2 * max(-grid.qn, grid.qp) + u_off)).sum()
     offs = last(x_off), weight_off, bias_off, alpha_off, br_off
     for name, one, other, off in zip(("dx", "dweight", "dbias", "dalpha", "dalpha_br"), got, want, offs, strict=True):
         assert (one is None) == (other is None), name

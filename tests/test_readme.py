@@ -34,6 +34,7 @@ def environment(tmp_path):
         "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "BRQAT_CACHE": str(tmp_path / "cache"),
+        "PYTEST_ADDOPTS": "-n 0",  # the pytest around this one has work for both cores
     }
 
 

@@ -157,16 +157,14 @@ Forward forward_meta(const Tensor& v_, const Tensor& alpha, int64_t qn, int64_t 
           at::empty({levels}, v.options().dtype(at::kFloat))};
 }
 
-Backward backward_cpu(const Optional& grad_, const Optional& grad_mse_, const Tensor& v_, const Tensor& alpha_,
+Backward backward_cpu(const Optional& grad_, const Optional& grad_mse, const Tensor& v_, const Tensor& alpha_,
                       const Tensor& count, int64_t qn, int64_t qp, bool sign, double scale, bool in_steps,
                       bool drop_clipped, bool one_alpha) {
   const Grid grid(qn, qp, sign);
-  const Bins bins{grad_mse_.has_value(), in_steps, drop_clipped};
+  const Bins bins{grad_mse.has_value(), in_steps, drop_clipped};
   const Tensor alpha = alpha_.contiguous(), v = walkable(v_, alpha.numel());
   const Tensor grad = grad_.has_value() ? laid_out_as(*grad_, v) : Tensor();
-  const Tensor grad_mse = bins.wanted ? grad_mse_->contiguous() : Tensor();
-  const Pulls pulls(grid, bins.wanted ? grad_mse.const_data_ptr<float>() : nullptr,
-                    bins.wanted ? count.const_data_ptr<int64_t>() : nullptr);
+  const Pulls pulls(grid, grad_mse, count);
   Tensor grad_v = empty_as(v), grad_alpha = empty_as(alpha);
   Tensor grad_bins = one_alpha ? nothing(at::kFloat) : empty_as(alpha);
   const auto pieces = pieces_of(v.numel(), alpha.numel());

@@ -1,7 +1,7 @@
 // What one element goes through, and how a tensor is cut into pieces: shared by lsq.cpp and norm.cpp.
 //
 // Vectors are ATen's (at::vec): one source for every instruction set. Sums run in float over a block (behind a
-// BatchNorm over some rows) and in double beyond it, and pieces are added up in the order of memory whatever
+// BatchNorm over some hundred rows) and in double beyond it, and pieces are added up in the order of memory whatever
 // thread made them: the number of threads changes no bit.
 #pragma once
 
@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include <ATen/EmptyTensor.h>
@@ -324,13 +325,18 @@ inline std::pair<Tensor, Tensor> table_of(const std::vector<double>& sums, int64
 // The pull of each bin on its elements, 2 / N_i * the gradient of mse_i, looked up by code.
 class Pulls {
  public:
-  // grad_mse, count: (levels) each; nullptr for no pull at all.
-  Pulls(const Grid& grid, const float* grad_mse, const int64_t* count)
+  // grad_mse, count: (levels) each; without grad_mse no pull at all.
+  Pulls(const Grid& grid, const std::optional<Tensor>& grad_mse, const Tensor& count)
       : qn_(grid.level(0)),
         in_register_(grid.qp - grid.qn < WIDTH),
         table_(std::max(grid.qp + grid.gap - grid.qn + 1, WIDTH)) {  // by code, up to the one that is left out
-    for (int64_t bin = 0; grad_mse && bin < grid.levels(); ++bin)
-      table_[bin * grid.gap] = 2.0f * grad_mse[bin] / static_cast<float>(std::max<int64_t>(count[bin], 1));
+    if (grad_mse) {
+      const float* grads = grad_mse->const_data_ptr<float>();
+      const int64_t stride = grad_mse->stride(0);  // behind a sum one number stands for all
+      const int64_t* counts = count.const_data_ptr<int64_t>();
+      for (int64_t bin = 0; bin < grid.levels(); ++bin)
+        table_[bin * grid.gap] = 2.0f * grads[bin * stride] / static_cast<float>(std::max<int64_t>(counts[bin], 1));
+    }
     first_ = Vec::loadu(table_.data());
   }
 

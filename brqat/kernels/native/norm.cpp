@@ -34,7 +34,7 @@ using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Tensor as_rows(const Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
 
 constexpr int64_t FIRST_ROWS = 16;  // whose mean is near enough to that of all
-constexpr int64_t STRETCH = 128;    // rows whose sums are in float
+constexpr int64_t STRETCH = 128;    // rows summed in float before they go to double: roundings grow with their number
 
 // A tensor's rows of channels, cut into pieces of about PIECE elements: some rows, and of them at most GROUP channels,
 // or a piece of a network's last layers would be a few rows of a thousand channels, each of which wants sums of its
@@ -97,8 +97,8 @@ C10_ALWAYS_INLINE void for_vectors(const Rows::Piece& piece, const Function& fun
   if (c < piece.end_channel) function(c, Constant<1>(), piece.end_channel - c);
 }
 
-// Sums of v - about and of its squares over rows. Of fewer than four vectors there are several side by side, since an
-// addition waits for the one before it.
+// Sums of v - about and of its squares over rows. With fewer than four vectors several sums of each run side by side,
+// since an addition waits for the one before it.
 template <int64_t vectors, typename Lanes>
 C10_ALWAYS_INLINE std::pair<Several<vectors>, Several<vectors>> sums_about(const Several<vectors>& about,
                                                                            const float* x, int64_t rows,
@@ -126,7 +126,7 @@ C10_ALWAYS_INLINE std::pair<Several<vectors>, Several<vectors>> sums_about(const
   return {sums[0], squares[0]};
 }
 
-// Adds the lanes to total, which has as many entries or fewer in its last vector.
+// Adds v to total; of its last vector the first lanes only.
 template <int64_t vectors>
 C10_ALWAYS_INLINE void add_to(double* total, const Several<vectors>& v, int64_t lanes) {
   float held[vectors * WIDTH];
@@ -146,19 +146,18 @@ void statistics(const float* x, const Rows& rows, float* mean, float* var) {
       const int64_t first = std::min(piece.rows, FIRST_ROWS);
       Several<vectors> about = sums_about<vectors>(all_zero<vectors>(), start + c, first, channels, lanes).first;
       for (Vec& sum : about) sum = sum / Vec(static_cast<float>(first));
-      double abouts[vectors * WIDTH] = {}, sums[vectors * WIDTH] = {}, squared[vectors * WIDTH] = {};
-      add_to<vectors>(abouts, about, lanes);
+      double sums[vectors * WIDTH] = {};
       for (int64_t row = 0; row < piece.rows; row += STRETCH) {
         const int64_t stretch = std::min(STRETCH, piece.rows - row);
-        const auto [sum, square] =
-            sums_about<vectors>(about, start + row * channels + c, stretch, channels, lanes);
+        const auto [sum, square] = sums_about<vectors>(about, start + row * channels + c, stretch, channels, lanes);
         add_to<vectors>(sums, sum, lanes);
-        add_to<vectors>(squared, square, lanes);
+        add_to<vectors>(square_out + c, square, lanes);
       }
+      add_to<vectors>(mean_out + c, about, lanes);
       for (int64_t i = 0; i < (vectors - 1) * WIDTH + lanes; ++i) {
         const double off = sums[i] / piece.rows;
-        mean_out[c + i] = abouts[i] + off;
-        square_out[c + i] = std::max(0.0, squared[i] - off * off * piece.rows);
+        mean_out[c + i] += off;
+        square_out[c + i] = std::max(0.0, square_out[c + i] - off * off * piece.rows);
       }
     });
   });
@@ -291,7 +290,7 @@ Forward forward_meta(const Tensor& x, const Optional& shortcut, const Tensor& we
           at::empty({levels}, x.options().dtype(at::kLong)), at::empty({levels}, x.options())};
 }
 
-Backward backward_cpu(const Optional& grad_, const Optional& grad_r_, const Optional& grad_mse_, const Tensor& x_,
+Backward backward_cpu(const Optional& grad_, const Optional& grad_r_, const Optional& grad_mse, const Tensor& x_,
                       const Optional& r_, const Tensor& weight, const Tensor& bias, const Tensor& mean,
                       const Tensor& var, double eps, double low, double high, const Tensor& alpha,
                       const Tensor& count, int64_t qn, int64_t qp, double scale, bool in_steps,
@@ -300,11 +299,9 @@ Backward backward_cpu(const Optional& grad_, const Optional& grad_r_, const Opti
   const Rows rows(x);
   const int64_t channels = rows.channels;
   const Grid grid(qn, qp, false);
-  const bool bins = grad_mse_.has_value();
+  const bool bins = grad_mse.has_value();
   const Site site(*alpha.const_data_ptr<float>(), grid, {bins, in_steps, drop_clipped});
-  const Tensor grad_mse = bins ? grad_mse_->contiguous() : Tensor();
-  const Pulls pulls(grid, bins ? grad_mse.const_data_ptr<float>() : nullptr,
-                    bins ? count.const_data_ptr<int64_t>() : nullptr);
+  const Pulls pulls(grid, grad_mse, count);
   const Tensor grad = grad_ ? as_rows(*grad_) : at::zeros_like(x);
   const Tensor grad_r = grad_r_ ? as_rows(*grad_r_) : Tensor();
   const Affine affine(weight.contiguous(), bias.contiguous(), mean, var, eps);
@@ -326,7 +323,7 @@ Backward backward_cpu(const Optional& grad_, const Optional& grad_r_, const Opti
     const Vec floor(static_cast<float>(low)), ceiling(static_cast<float>(high));
     double* part = &sums[piece.stack * 2 * channels];
     Gradient<false> gradient{site, pulls, bins};
-    int64_t since_flush = 0;
+    int64_t since_flush = 0;  // vectors; a stretch has up to four for each row
     for_vectors(piece, [&](int64_t c, auto vectors, auto lanes) __attribute__((always_inline)) {
       const float *scale = &affine.scale[c], *shift = &affine.shift[c], *middle = &centre[c];
       for (int64_t from = piece.first_row; from < piece.first_row + piece.rows; from += STRETCH) {
@@ -380,20 +377,16 @@ Backward backward_cpu(const Optional& grad_, const Optional& grad_r_, const Opti
     constant[c] = static_cast<float>(-affine.scale[c] * total[c] / rows.count - slope * means[c]);
   }
   rows.for_each([&](const Rows::Piece& piece) {
-    const float *x_in = in, *dy_in = dy_out;
+    const float *x_in = in, *dy_in = dy_out;  // copies again
     float* dx_out = out;
     for_vectors(piece, [&](int64_t c, auto vectors, auto lanes) __attribute__((always_inline)) {
-      Several<vectors> scale, slope, shift;
-      for (int64_t k = 0; k < vectors; ++k) {
-        scale[k] = Vec::loadu(&affine.scale[c + k * WIDTH]);
-        slope[k] = Vec::loadu(&per_x[c + k * WIDTH]);
-        shift[k] = Vec::loadu(&constant[c + k * WIDTH]);
-      }
+      const float *scale = &affine.scale[c], *slope = &per_x[c], *shift = &constant[c];
       for (int64_t row = piece.first_row; row < piece.first_row + piece.rows; ++row) {
         for (int64_t k = 0; k < vectors; ++k) {
           const int64_t at = row * channels + c + k * WIDTH;
-          const Vec rest = at::vec::fmadd(Vec::loadu(x_in + at, lanes), slope[k], shift[k]);
-          at::vec::fmadd(Vec::loadu(dy_in + at, lanes), scale[k], rest).store(dx_out + at, lanes);
+          const Vec rest = at::vec::fmadd(Vec::loadu(x_in + at, lanes), Vec::loadu(slope + k * WIDTH),
+                                          Vec::loadu(shift + k * WIDTH));
+          at::vec::fmadd(Vec::loadu(dy_in + at, lanes), Vec::loadu(scale + k * WIDTH), rest).store(dx_out + at, lanes);
         }
       }
     });
