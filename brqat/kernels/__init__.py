@@ -70,7 +70,7 @@ def choose(choice: str, device: torch.device) -> str:
 
 
 # Measured for ResNet-20 on two cores (docs/performance.md).
-COST = "a step of ResNet-20 takes 3.1 times a float one's on a CPU, and 1.04 with native kernels"
+COST = "a step of ResNet-20 takes 3.3 times a float one's on a CPU, and 0.97 with native kernels"
 
 
 def lsq(
