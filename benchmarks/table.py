@@ -49,10 +49,12 @@ INTRO = """\
 
 Written by `python benchmarks/table.py`, not by hand; the figures are in [performance.json](performance.json). Each
 table stands below the command that prints it, and above the machine and the versions it was measured with. A figure is
-a median, and in brackets is how far it varied. Ratios are of figures taken one right after the other in the same round,
-so what else the machine did falls out of them; milliseconds are of this machine only. Rows of Brevitas and torchao are
-there where these are installed. Where an operation takes fresh memory from the system each time (10 million elements),
-the system's part varies more than ours, and a ratio below 1 says no more than that.
+a median, and in brackets is how far it varied. A ratio is the median of the rounds' ratios, each of figures taken one
+right after the other, and not the ratio of the medians beside it: what slows a whole round falls out of it. What comes
+and goes within a round does not, so the cores have to be idle, and the same row measured twice may differ by what the
+brackets say. Milliseconds are of this machine only. Rows of Brevitas and torchao are there where these are installed.
+Where an operation takes fresh memory from the system each time (10 million elements), the system's part varies more
+than ours, and a ratio below 1 says no more than that.
 """
 
 TEXT = {
