@@ -41,7 +41,7 @@ QUICK = {
     "feed": ["feed.py --images 300 --repeats 1 --threads 1"],
     "startup": ["startup.py --repeats 1 --part a"],
     "memory": ["memory.py --batch 8 --repeats 1 --no-peers --threads 1"],
-    "allocators": ["memory.py --allocators --batch 8 --repeats 1 --threads 1 --only none"],
+    "allocators": ["memory.py --allocators --batch 8 --repeats 1 --threads 1 --only 'mallopt: no trim'"],
 }
 
 INTRO = """\

@@ -68,8 +68,6 @@ def test_the_benchmark_of_startup_prints_its_figures():
     assert {"brqat --help", "in all, files", "imports, wandb", "data, files", "dashboard, wandb"} <= set(figures)
     phases = sum(one["median"] for name, one in figures.items() if name.endswith(", files") and "in all" not in name)
     assert 0.5 < phases / figures["in all, files"]["median"] < 2  # the phases are the whole
-    done = subprocess.run([*program, "--part", "a"], capture_output=True, text=True)
-    assert done.returncode == 0 and "| brqat --cfg job " in done.stdout, done.stderr
 
 
 def benchmark(name, *words):
@@ -116,10 +114,6 @@ def test_the_benchmark_of_memory_prints_its_figures():
     for row, of in found["ratio"].items():
         assert set(of) == {"tensors", "resident"} and all(map(is_spread, of.values()))
         assert of["tensors"]["median"] > 1 or row == "float"  # what is quantized is kept besides
-    found = json.loads(benchmark("memory.py", *words, "--allocators", "--only", "mallopt: no trim"))
-    for of in found["allocators"].values():
-        assert list(of) == ["glibc", "mallopt: no trim"]
-        assert all(one["milliseconds"] > 0 and one["megabytes"] > 0 for one in of.values())
 
 
 @pytest.mark.slow
@@ -132,6 +126,9 @@ def test_the_tables_are_written_and_a_part_is_measured_anew(tmp_path):
         assert all(f"    python benchmarks/{one['command']}\n" in page for one in part)
     for row in ("brqat W2A2 BR weights+activations", "LSQ+BR", "native", "brqat --help", "glibc"):
         assert f"| {row} " in page
+    for of in stored["allocators"][0]["found"]["allocators"].values():
+        assert list(of) == ["glibc", "mallopt: no trim"]
+        assert all(one["milliseconds"] > 0 and one["megabytes"] > 0 for one in of.values())
     benchmark("table.py", "--quick", "--out", tmp_path, "--parts", "op")
     again = json.loads((tmp_path / "performance.json").read_text())
     assert [part for part in stored if again[part] != stored[part]] == ["op"]

@@ -621,30 +621,38 @@ def test_without_a_compiler_native_is_refused_with_what_to_write(no_compiler):
 
 
 def building(folder: Path) -> subprocess.Popen:
-    code = "from brqat.kernels import native; native.load()"
+    """A process that builds one of the sources, for time, into a library in the folder."""
+    source = folder.parent / "native"
+    source.mkdir(exist_ok=True)
+    shutil.copy(builder.SOURCES / "feed.cpp", source)
+    code = f"from pathlib import Path; from brqat.kernels import native; native.SOURCES = Path({str(source)!r}); "
     env = os.environ | {"BRQAT_KERNELS": str(folder), "PYTHONPATH": str(Path(__file__).parent.parent)}
-    return subprocess.Popen([sys.executable, "-c", code], env=env, start_new_session=True, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-c", code + "native.load()"]
+    return subprocess.Popen(command, env=env, start_new_session=True, stderr=subprocess.DEVNULL)
 
 
 @pytest.mark.slow
 def test_two_processes_that_build_at_once_share_one_library(native, tmp_path):
-    both = [building(tmp_path), building(tmp_path)]
+    folder = tmp_path / "built"
+    both = [building(folder), building(folder)]
     assert [process.wait() for process in both] == [0, 0]
-    assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".lock", ".so"]
+    assert [path.suffix for path in sorted(folder.iterdir())] == [".lock", ".so"]
 
 
 @pytest.mark.slow
 def test_a_killed_build_does_not_stop_the_next(native, tmp_path):
-    process = building(tmp_path)
-    while not list(tmp_path.glob("*/build.ninja")):
+    folder = tmp_path / "built"
+    process = building(folder)
+    while not list(folder.glob("*/build.ninja")):
         assert process.poll() is None
         time.sleep(0.1)
     time.sleep(1)
+    assert process.poll() is None
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert not list(tmp_path.glob("*.so"))
-    assert building(tmp_path).wait() == 0
-    assert len(list(tmp_path.glob("*.so"))) == 1
+    assert not list(folder.glob("*.so"))
+    assert building(folder).wait() == 0
+    assert len(list(folder.glob("*.so"))) == 1
 
 
 @pytest.mark.slow
