@@ -68,6 +68,8 @@ def test_the_benchmark_of_startup_prints_its_figures():
     assert {"brqat --help", "in all, files", "imports, wandb", "data, files", "dashboard, wandb"} <= set(figures)
     phases = sum(one["median"] for name, one in figures.items() if name.endswith(", files") and "in all" not in name)
     assert 0.5 < phases / figures["in all, files"]["median"] < 2  # the phases are the whole
+    done = subprocess.run([*program, "--part", "a"], capture_output=True, text=True)
+    assert done.returncode == 0 and "| brqat --cfg job " in done.stdout, done.stderr
 
 
 def benchmark(name, *words):

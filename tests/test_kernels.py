@@ -367,7 +367,7 @@ def check_norm(rows, channels, mean, std, low, high, grid, bins):
     inside = (y > low) & (y < high)
     dy, dy_off = dy * inside, dy_off * inside
     sums = rounding_of_sum(rows, STRETCH)
-    sums_of_alpha = rounding_of_sum(rows * channels, STRETCHES)
+    sums_of_alpha = rounding_of_sum(min(rows, 32768 / channels), STRETCHES)
     var = rounding_of_var(rows, m, 1 / inverse)
     bias_off = sums * dy.sum(0) + dy_off.sum(0)
     shift = 4 * ROUNDING * m.abs() * inverse  # of the mean, in standard deviations
